@@ -1,0 +1,171 @@
+"""What the rest of the package needs to know of a model family, and the registry of families.
+
+An adapter reads a live model by its structure and puts compact modules in place. One family is one file in this folder
+that defines an ``Adapter`` and registers it; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a dense model. ``heads``, ``kv_heads`` and ``channels`` have one entry per layer."""
+
+    family: str
+    hidden: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    channels: tuple[int, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.heads)
+
+    def kv_head_of(self, layer: int) -> list[int]:
+        """The key/value head that each query head of ``layer`` reads."""
+        group = self.heads[layer] // self.kv_heads[layer]
+        return [head // group for head in range(self.heads[layer])]
+
+    def kv_heads_used(self, layer: int, heads: list[int]) -> list[int]:
+        """The key/value heads that the query heads ``heads`` of ``layer`` read, sorted."""
+        owner = self.kv_head_of(layer)
+        return sorted({owner[head] for head in heads})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Geometry:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """A layer's dense projections: weights ``[rows, hidden]`` for q, k, v and ``[hidden, columns]`` for o."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """A layer's dense gated MLP: gate and up ``[channels, hidden]``, down ``[hidden, channels]``."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+# Called with (layer, query, key, log-sum-exp or None, key-padding mask or None) after each attention.
+LayerObserver = Callable[[int, Tensor, Tensor, "Tensor | None", "Tensor | None"], None]
+
+
+class Adapter(ABC):
+    """A view of one live model."""
+
+    family: str
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        """Whether ``model`` has this family's structure (its modules, not its class name)."""
+
+    @abstractmethod
+    def geometry(self) -> Geometry:
+        """Sizes of the dense model, also when the model is masked or compact."""
+
+    @abstractmethod
+    def attention_weights(self, layer: int) -> AttentionWeights: ...
+
+    @abstractmethod
+    def mlp_weights(self, layer: int) -> MLPWeights: ...
+
+    @abstractmethod
+    def install(self, layer: int, attention: nn.Module | None, mlp: nn.Module | None) -> None:
+        """Put compact modules in place of the layer's projections, dropping the dense tensors they replace."""
+
+    @abstractmethod
+    def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
+        """Skip all but these heads and channels (None: keep all), leaving the weights as they are."""
+
+    @abstractmethod
+    def observe(self, observer: LayerObserver | None) -> None:
+        """Call ``observer`` after every attention of the model; None detaches."""
+
+    @abstractmethod
+    def observed(self) -> bool:
+        """Whether an observer is attached."""
+
+    @property
+    @abstractmethod
+    def mask_token_id(self) -> int | None: ...
+
+    def refuse_compact(self) -> str | None:
+        """Why this model can't take the compact form, or None where it can."""
+        return None
+
+    def kept_heads(self, layer: int) -> list[int]:
+        """Original ids of the query heads that run in ``layer``."""
+        plan = getattr(self.model, "prune_plan", None)
+        return list(range(self.geometry().heads[layer])) if plan is None else plan.layers[layer].kept_heads
+
+    @property
+    def form(self) -> str:
+        """``"dense"``, ``"mask"`` or ``"compact"``."""
+        return getattr(self.model, "prune_form", "dense")
+
+    def fingerprint(self) -> str:
+        """A hash of tensor names, shapes and strided samples of their values.
+
+        Values are rounded to bfloat16 first, so one checkpoint loaded as float32 or bfloat16 has one fingerprint.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            if not tensor.is_meta and tensor.numel():
+                flat = tensor.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).view(torch.int16)
+                digest.update(sample.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+_FAMILIES: list[type[Adapter]] = []
+
+
+def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
+    """Class decorator: make a family known to every verb."""
+    _FAMILIES.append(adapter)
+    return adapter
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter that recognises ``model``. Raises ``TypeError`` naming the families that were tried."""
+    for family in _FAMILIES:
+        if family.recognises(model):
+            return family(model)
+    known = ", ".join(family.family for family in _FAMILIES)
+    raise TypeError(f"no adapter recognises a model of type {type(model).__name__}; known families: {known}")

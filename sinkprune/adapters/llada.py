@@ -1,0 +1,93 @@
+"""The native LLaDA of ``sinkprune.models.llada``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+from torch import Tensor, nn
+
+from sinkprune.adapters.base import (
+    Adapter,
+    AttentionWeights,
+    Geometry,
+    LayerObserver,
+    MLPWeights,
+    register_adapter,
+)
+from sinkprune.models.llada import LLaDA, LLaDABlock
+
+
+@register_adapter
+class NativeLLaDA(Adapter):
+    """Blocks own their projections; compact modules go into ``block.attention`` and ``block.mlp``."""
+
+    family = "llada"
+    model: LLaDA
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        return isinstance(model, LLaDA)
+
+    def _block(self, layer: int) -> LLaDABlock:
+        return cast(LLaDABlock, self.model.blocks[layer])
+
+    def geometry(self) -> Geometry:
+        config = self.model.config
+        return Geometry(
+            family=self.family,
+            hidden=config.d_model,
+            head_dim=config.head_dim,
+            vocabulary=config.vocabulary_rows,
+            context=config.max_sequence_length,
+            heads=(config.n_heads,) * config.n_layers,
+            kv_heads=(config.kv_heads,) * config.n_layers,
+            channels=(config.mlp_width,) * config.n_layers,
+        )
+
+    @property
+    def mask_token_id(self) -> int | None:
+        return self.model.config.mask_token_id
+
+    def attention_weights(self, layer: int) -> AttentionWeights:
+        block = self._block(layer)
+        return AttentionWeights(
+            block.q_proj.weight, block.k_proj.weight, block.v_proj.weight, block.attn_out.weight,
+            block.q_proj.bias, block.k_proj.bias, block.v_proj.bias, block.attn_out.bias,
+        )  # fmt: skip
+
+    def mlp_weights(self, layer: int) -> MLPWeights:
+        block = self._block(layer)
+        return MLPWeights(
+            block.ff_proj.weight, block.up_proj.weight, block.ff_out.weight,
+            block.ff_proj.bias, block.up_proj.bias, block.ff_out.bias,
+        )  # fmt: skip
+
+    def install(self, layer: int, attention: nn.Module | None, mlp: nn.Module | None) -> None:
+        block = self._block(layer)
+        if attention is not None:
+            block.attention = attention
+            del block.q_proj, block.k_proj, block.v_proj, block.attn_out
+        if mlp is not None:
+            block.mlp = mlp
+            del block.ff_proj, block.up_proj, block.ff_out
+
+    def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
+        block = self._block(layer)
+        block.kept_heads, block.kept_channels = heads, channels
+
+    def observe(self, observer: LayerObserver | None) -> None:
+        for layer in range(self.model.config.n_layers):
+            block = self._block(layer)
+            target = block if block.attention is None else block.attention
+            target.observer = None if observer is None else partial(observer, layer)
+
+    def observed(self) -> bool:
+        block = self._block(0)
+        target = block if block.attention is None else block.attention
+        return target.observer is not None
+
+    def refuse_compact(self) -> str | None:
+        if self.model.config.attention_layer_norm:
+            return "its qk-norm runs over the full width and mixes the heads (attention_layer_norm=true)"
+        return None
