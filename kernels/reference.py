@@ -1,0 +1,137 @@
+"""The specification: each kernel's meaning in plain PyTorch, at the precision of its inputs (float64 included).
+
+These twins form whole score matrices and are for tests and for tiny inputs; `sinkprune.ops` holds the fast paths.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+
+
+def visible_keys(
+    lq: int,
+    lk: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    block_size: int | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """Which keys each query may see: bool ``[B or 1, Lq or 1, Lk or 1]``, or None if it is all of them.
+
+    A padded key is seen by nobody, a query at position -1 sees nothing, and with ``block_size`` a query sees the
+    keys whose position's block is not later than its own.
+    """
+    seen: Tensor | None = None
+    if key_padding_mask is not None:
+        seen = key_padding_mask[:, None, :]
+    if query_positions is not None:
+        valid = (query_positions >= 0)[:, :, None]
+        seen = valid if seen is None else seen & valid
+    if block_size is not None:
+        q_pos = torch.arange(lq, device=device)[None] if query_positions is None else query_positions
+        k_pos = torch.arange(lk, device=device)[None] if key_positions is None else key_positions
+        causal = (k_pos // block_size)[:, None, :] <= (q_pos // block_size)[:, :, None]
+        seen = causal if seen is None else seen & causal
+    return seen
+
+
+def default_kv_head_of(hq: int, hkv: int, device: torch.device | None = None) -> Tensor:
+    """The usual grouped-query map: query head h reads key/value head ``h // (Hq / Hkv)``. int64 ``[Hq]``."""
+    return torch.arange(hq, device=device) // max(hq // max(hkv, 1), 1)
+
+
+def _scores(q: Tensor, k: Tensor, heads: Tensor, kv_head_of: Tensor | None, scale: float | None) -> Tensor:
+    """Base-2 scores ``[B, h, Lq, Lk]`` of the given heads, in float64 for float64 inputs and float32 otherwise."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    groups = default_kv_head_of(q.shape[1], k.shape[1], q.device) if kv_head_of is None else kv_head_of
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = q.index_select(1, heads).to(wide), k.index_select(1, groups[heads]).to(wide)
+    return (q @ k.mT) * (scale * LOG2E)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kept_heads: Tensor | None = None,
+    kv_head_of: Tensor | None = None,
+    compact: bool = False,
+    scale: float | None = None,
+    **visibility: Any,
+) -> tuple[Tensor, Tensor]:
+    """``softmax(q k^T · scale) v`` of the kept heads and its base-2 log-sum-exp; see `sinkprune.ops.attention`."""
+    b, hq, lq, d = q.shape
+    heads = torch.arange(hq, device=q.device) if kept_heads is None else kept_heads.long()
+    kv_head_of = None if kv_head_of is None else kv_head_of.long()
+    groups = default_kv_head_of(hq, k.shape[1], q.device) if kv_head_of is None else kv_head_of
+    scores = _scores(q, k, heads, kv_head_of, scale)
+    seen = visible_keys(lq, k.shape[2], device=q.device, **visibility)
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None], -math.inf)
+    if visibility.get("key_padding_mask") is not None:  # a padded value may be anything, NaN included
+        v = v.masked_fill(~visibility["key_padding_mask"][:, None, :, None], 0)
+    values = v.index_select(1, groups[heads]).to(scores.dtype)
+    top = scores.amax(-1, keepdim=True) if k.shape[2] else scores.new_full((b, len(heads), lq, 1), -math.inf)
+    weights = torch.exp2(scores - top.masked_fill(top == -math.inf, 0))
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    out = (weights / total.masked_fill(empty, 1)) @ values
+    lse = (top + torch.log2(total)).masked_fill(empty, math.inf).squeeze(-1)
+    out = out.to(q.dtype)
+    if compact or kept_heads is None:
+        return out, lse
+    full = out.new_zeros(b, hq, lq, d).index_copy(1, heads, out)
+    return full, lse.new_full((b, hq, lq), math.inf).index_copy(1, heads, lse)
+
+
+def sampled_rows(lq: int, sample: int | None, offset: int) -> slice:
+    """The query rows a sampled mass reads: every ``sample``-th from ``offset`` modulo ``min(sample, Lq)``."""
+    if sample is None or lq == 0:
+        return slice(0, lq, 1)
+    return slice(offset % min(sample, lq), lq, sample)
+
+
+def column_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    kept_heads: Tensor | None = None,
+    kv_head_of: Tensor | None = None,
+    scale: float | None = None,
+    sample: int | None = None,
+    offset: int = 0,
+    **visibility: Any,
+) -> Tensor:
+    """Mean over counted queries of ``softmax(q k^T · scale)``: ``[B, Hq, Lk]``; see `sinkprune.ops.column_mass`."""
+    b, hq, lq, _ = q.shape
+    heads = torch.arange(hq, device=q.device) if kept_heads is None else kept_heads.long()
+    kv_head_of = None if kv_head_of is None else kv_head_of.long()
+    scores = _scores(q, k, heads, kv_head_of, scale)
+    seen = visible_keys(lq, k.shape[2], device=q.device, **visibility)
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None], -math.inf)
+    if lse is None:
+        _, lse = attention(
+            q, k, k, kept_heads=heads, kv_head_of=kv_head_of, scale=scale, compact=True, **visibility
+        )
+    else:
+        lse = lse.index_select(1, heads).to(scores.dtype)
+    lse = lse.masked_fill(lse == -math.inf, math.inf)
+    rows = sampled_rows(lq, sample, offset)
+    scores, lse = scores[:, :, rows], lse[:, :, rows]
+    counted = lse != math.inf
+    if visibility.get("query_positions") is not None:
+        counted = counted & (visibility["query_positions"] >= 0)[:, None, rows]
+    weights = torch.exp2(scores - lse[..., None]).masked_fill(~counted[..., None], 0)
+    mass = weights.sum(2) / counted.sum(2).clamp(min=1)[..., None]
+    return mass.new_zeros(b, hq, k.shape[2]).index_copy(1, heads, mass)

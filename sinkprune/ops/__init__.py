@@ -1,0 +1,254 @@
+"""The operations under everything else, through one dispatch point: attention, column mass, head gathering.
+
+`attention` and `column_mass` accept any strides with a contiguous last dimension, on CPU and CUDA. `backend` names
+the code that runs: ``"reference"`` (plain PyTorch, the specification), ``"sdpa"`` (PyTorch's fused attention),
+``"native"`` (the C++ extension), ``"triton"`` (our kernels), or ``"auto"``, which picks the fastest that can serve the
+call. A backend that cannot serve a call raises and says why.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sinkprune.kernels import reference
+from sinkprune.ops import _cpu
+from sinkprune.ops._checks import (
+    Index,
+    check_heads,
+    check_kv_head_of,
+    check_lse,
+    check_mass_out,
+    check_queries_keys,
+    check_visibility,
+)
+
+BACKENDS = ("auto", "reference", "sdpa", "native", "triton")
+LAYOUTS = ("full", "compact")
+
+
+class BackendUnavailable(ValueError):
+    """The forced backend cannot serve this call; the message says why."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kept_heads: Index | None = None,
+    kv_head_of: Index | None = None,
+    key_padding_mask: Tensor | None = None,
+    block_size: int | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    scale: float | None = None,
+    layout: str = "full",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Exact softmax attention of the kept heads, with the log-sum-exp that statistics reuse.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``, float32, float16, bfloat16 (float64 on the reference and the CPU paths).
+        k, v: ``[B, Hkv, Lk, D]``, q's dtype.
+        kept_heads: sorted unique query-head ids to compute, int sequence or tensor ``[h]``; None = all.
+        kv_head_of: the key/value head of every query head, ``[Hq]``; None = ``h // (Hq / Hkv)``.
+        key_padding_mask: bool ``[B, Lk]``, True = valid.
+        block_size: block-causal attention; a query sees the keys whose position's block is not later than its own.
+        query_positions: int ``[B, Lq]``; -1 = padded query. Needed with ``block_size`` unless both sides are 0…L-1.
+        key_positions: int ``[B, Lk]``; None = 0…Lk-1.
+        scale: multiplies the scores; None = ``D ** -0.5``.
+        layout: ``"full"`` returns all heads, zeros (lse +inf) where not kept; ``"compact"`` only the kept ones.
+        backend: see the module.
+
+    Returns:
+        ``out`` ``[B, Hq or h, Lq, D]`` in q's dtype, and ``lse`` ``[B, Hq or h, Lq]``, the base-2 log-sum-exp of the
+        scaled scores in float32 (float64 for float64 inputs). A row that sees no key has output 0 and lse +inf.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or values.
+        BackendUnavailable: the forced backend cannot serve the call.
+    """
+    check_queries_keys(q, k, v)
+    heads = check_heads(kept_heads, q.shape[1], q.device)
+    groups = check_kv_head_of(kv_head_of, q.shape[1], k.shape[1], q.device)
+    check_visibility(q, k, key_padding_mask, block_size, query_positions, key_positions)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    _check_backend(backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    compact = layout == "compact"
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if backend == "auto":
+        backend = "reference" if q.device.type != "cpu" else "sdpa"
+    if backend == "reference":
+        return reference.attention(
+            q,
+            k,
+            v,
+            kept_heads=heads,
+            kv_head_of=groups,
+            compact=compact,
+            scale=scale,
+            key_padding_mask=key_padding_mask,
+            block_size=block_size,
+            query_positions=query_positions,
+            key_positions=key_positions,
+        )
+    if backend == "sdpa":
+        return _cpu.attention(
+            q,
+            k,
+            v,
+            heads,
+            groups,
+            key_padding_mask,
+            block_size,
+            query_positions,
+            key_positions,
+            scale,
+            compact,
+        )
+    raise BackendUnavailable(f"backend {backend!r} cannot serve attention here (needs_grad={needs_grad})")
+
+
+def column_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    kept_heads: Index | None = None,
+    kv_head_of: Index | None = None,
+    key_padding_mask: Tensor | None = None,
+    block_size: int | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    scale: float | None = None,
+    sample: int | None = None,
+    offset: Tensor | int | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """How much attention each key draws: the mean over counted queries of ``softmax(q k^T · scale)``.
+
+    Each kept head's row sums to 1. Heads not kept, and heads whose every query is padded or sees no key, give zeros.
+
+    Args:
+        q, k, kept_heads, kv_head_of, key_padding_mask, block_size, key_positions, scale: as in `attention`.
+        lse: ``[B, Hq, Lq]`` as `attention` returned it in the full layout (base-2; see `base2_lse` for others);
+            None computes it.
+        query_positions: int ``[B, Lq]``; queries at -1 are not counted. Pass it for padded batches: a padding mask
+            alone hides keys, not queries.
+        sample: read every ``sample``-th query row only, starting at ``offset``; None = all rows, the exact mass.
+        offset: integer or integer tensor of one element (on the device, so that a graph can advance it), taken modulo
+            ``min(sample, Lq)``; None = 0.
+        out: float32 ``[B, Hq, >= Lk]`` to write into; columns from Lk on are set to zero.
+        backend: see the module.
+
+    Returns:
+        ``[B, Hq, Lk]`` float32: ``out[:, :, :Lk]`` where ``out`` is given.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or values.
+        BackendUnavailable: the forced backend cannot serve the call.
+
+    Source: "Sink-Aware Pruning for Diffusion Language Models" (arXiv 2602.17664), the column sums of its Section 3,
+    per head and normalised.
+    """
+    check_queries_keys(q, k, None)
+    heads = check_heads(kept_heads, q.shape[1], q.device)
+    groups = check_kv_head_of(kv_head_of, q.shape[1], k.shape[1], q.device)
+    check_visibility(q, k, key_padding_mask, block_size, query_positions, key_positions)
+    if lse is not None:
+        check_lse(lse, q)
+    if sample is not None and sample < 1:
+        raise ValueError(f"sample must be at least 1, got {sample}")
+    if isinstance(offset, int):
+        offset = torch.tensor(offset, device=q.device)
+    elif offset is not None and (offset.numel() != 1 or offset.is_floating_point()):
+        raise ValueError(f"offset must be one integer, got shape {tuple(offset.shape)}, dtype {offset.dtype}")
+    _check_backend(backend)
+    lk = k.shape[2]
+    if out is None:
+        out = torch.empty(q.shape[0], q.shape[1], lk, dtype=torch.float32, device=q.device)
+    else:
+        check_mass_out(out, q, lk)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.no_grad():
+        if backend == "reference" or q.device.type != "cpu":
+            mass = reference.column_mass(
+                q,
+                k,
+                lse,
+                kept_heads=heads,
+                kv_head_of=groups,
+                scale=scale,
+                sample=sample,
+                offset=0 if offset is None else int(offset),
+                key_padding_mask=key_padding_mask,
+                block_size=block_size,
+                query_positions=query_positions,
+                key_positions=key_positions,
+            )
+            out[:, :, :lk] = mass
+            out[:, :, lk:] = 0
+        elif backend in ("auto", "sdpa"):
+            _cpu.column_mass_(
+                out,
+                q,
+                k,
+                lse,
+                heads,
+                groups,
+                key_padding_mask,
+                block_size,
+                query_positions,
+                key_positions,
+                scale,
+                sample,
+                offset,
+            )
+        else:
+            raise BackendUnavailable(f"backend {backend!r} cannot serve column_mass here")
+    return out[:, :, :lk]
+
+
+def base2_lse(lse: Tensor) -> Tensor:
+    """A natural log-sum-exp, as FlashAttention, cuDNN and PyTorch return it, in this package's convention.
+
+    Base 2, and +inf for empty rows (FlashAttention-3 writes -inf there). PyTorch's CPU kernel writes 0 for an empty
+    row, which nothing distinguishes from a true 0: mask such rows before.
+    """
+    return (lse * reference.LOG2E).masked_fill(lse == -math.inf, math.inf)
+
+
+def gather_heads(weight: Tensor, heads: Index, head_dim: int, dim: int) -> Tensor:
+    """The rows (``dim=0``) or columns (``dim=1``) of ``weight`` that belong to the kept heads, dense.
+
+    Args:
+        weight: ``[H · head_dim, in]`` for ``dim=0`` (or a bias ``[H · head_dim]``), ``[out, H · head_dim]`` for ``dim=1``.
+        heads: sorted unique head ids, int sequence or tensor ``[h]``.
+        head_dim: rows or columns per head.
+        dim: 0 or 1.
+
+    Raises:
+        ValueError, TypeError: the sizes or the ids do not fit.
+    """
+    if dim not in (0, 1) or dim >= weight.dim() or weight.dim() > 2:
+        raise ValueError(
+            f"dim must be 0 or 1 of a weight with one or two dimensions, got dim={dim}, {tuple(weight.shape)}"
+        )
+    if head_dim < 1 or weight.shape[dim] % head_dim:
+        raise ValueError(
+            f"weight's dimension {dim} must be a multiple of head_dim={head_dim}, got {tuple(weight.shape)}"
+        )
+    kept = check_heads(heads, weight.shape[dim] // head_dim, weight.device)
+    assert kept is not None
+    return weight.unflatten(dim, (-1, head_dim)).index_select(dim, kept).flatten(dim, dim + 1)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")

@@ -1,0 +1,155 @@
+"""Validation at the boundary: every argument once, with errors that name what was expected and what came.
+
+Shapes and dtypes are always checked. Index values are checked where reading them costs no device synchronisation:
+Python sequences and CPU tensors. Index tensors on a CUDA device are trusted, and the kernels guard out-of-range ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sinkprune.kernels.reference import default_kv_head_of
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Index = Sequence[int] | Tensor
+
+
+def check_queries_keys(q: Tensor, k: Tensor, v: Tensor | None) -> None:
+    """Rank, dtype, device and size agreement of q ``[B, Hq, Lq, D]``, k and v ``[B, Hkv, Lk, D]``."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x is None:
+            continue
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have shape [B, H, L, D], got {tuple(x.shape)}")
+        if x.dtype != q.dtype or x.dtype not in FLOATS:
+            raise TypeError(f"{name} must have q's floating dtype ({q.dtype}), got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device ({q.device}), got {x.device}")
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
+    if v is not None and v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must agree in B and D, got q {tuple(q.shape)} and k {tuple(k.shape)}")
+    if q.shape[3] == 0:
+        raise ValueError(f"head_dim must be at least 1, got q {tuple(q.shape)}")
+
+
+def check_heads(kept_heads: Index | None, hq: int, device: torch.device) -> Tensor | None:
+    """Kept heads as an integer tensor on ``device``: sorted, unique, within ``0..Hq-1``."""
+    if kept_heads is None:
+        return None
+    heads = _index_tensor("kept_heads", kept_heads, device)
+    if _readable(kept_heads):
+        ids = heads.tolist() if isinstance(kept_heads, Tensor) else list(kept_heads)
+        if any(b <= a for a, b in zip(ids, ids[1:], strict=False)):
+            raise ValueError(f"kept_heads must be sorted and unique, got {ids}")
+        if ids and (ids[0] < 0 or ids[-1] >= hq):
+            raise ValueError(f"kept_heads must lie within 0..{hq - 1}, got {ids}")
+    return heads
+
+
+def check_kv_head_of(kv_head_of: Index | None, hq: int, hkv: int, device: torch.device) -> Tensor | None:
+    """The query-to-key/value head map ``[Hq]`` on ``device``, or None where it is the usual grouping."""
+    if kv_head_of is None:
+        if hkv == 0 or hq % hkv:
+            if hq == 0:
+                return None
+            raise ValueError(f"without kv_head_of, Hq must be a multiple of Hkv, got Hq={hq} and Hkv={hkv}")
+        return None
+    groups = _index_tensor("kv_head_of", kv_head_of, device)
+    if groups.shape[0] != hq:
+        raise ValueError(f"kv_head_of must have length Hq={hq}, got {groups.shape[0]}")
+    if _readable(kv_head_of):
+        ids = groups.tolist()
+        if ids and (min(ids) < 0 or max(ids) >= hkv):
+            raise ValueError(f"kv_head_of must lie within 0..{hkv - 1}, got {ids}")
+        if hkv and hq % hkv == 0 and ids == default_kv_head_of(hq, hkv).tolist():
+            return None
+    return groups
+
+
+def check_visibility(
+    q: Tensor,
+    k: Tensor,
+    key_padding_mask: Tensor | None,
+    block_size: int | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+) -> None:
+    """Shapes, dtypes and devices of what limits the keys a query sees."""
+    b, lq, lk = q.shape[0], q.shape[2], k.shape[2]
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask must be bool (True = valid), got {key_padding_mask.dtype}")
+        if key_padding_mask.shape != (b, lk):
+            raise ValueError(
+                f"key_padding_mask must have shape [B, Lk] = {(b, lk)}, got {tuple(key_padding_mask.shape)}"
+            )
+    for name, positions, length in (("query", query_positions, lq), ("key", key_positions, lk)):
+        if positions is None:
+            continue
+        if positions.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}_positions must be int32 or int64, got {positions.dtype}")
+        if positions.shape != (b, length):
+            raise ValueError(
+                f"{name}_positions must have shape [B, L{name[0]}] = {(b, length)}, got {tuple(positions.shape)}"
+            )
+    for name, x in (
+        ("key_padding_mask", key_padding_mask),
+        ("query_positions", query_positions),
+        ("key_positions", key_positions),
+    ):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} must be on q's device ({q.device}), got {x.device}")
+    if block_size is not None:
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if query_positions is None and (lq != lk or key_positions is not None):
+            raise ValueError(
+                "block_size needs query_positions unless queries and keys are the same positions 0..L-1, "
+                f"got Lq={lq}, Lk={lk}, key_positions {'given' if key_positions is not None else 'None'}"
+            )
+
+
+def check_lse(lse: Tensor, q: Tensor) -> None:
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse must have shape [B, Hq, Lq] = {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"lse must be float32 (float64 for float64 inputs), got {lse.dtype}")
+    if lse.device != q.device:
+        raise ValueError(f"lse must be on q's device ({q.device}), got {lse.device}")
+
+
+def check_mass_out(out: Tensor, q: Tensor, lk: int) -> None:
+    """A buffer for the mass: float32 ``[B, Hq, >= Lk]``, contiguous in its last dimension."""
+    if out.dim() != 3 or out.shape[:2] != q.shape[:2] or out.shape[2] < lk:
+        raise ValueError(
+            f"out must have shape [B, Hq, at least Lk] = {(q.shape[0], q.shape[1], lk)}, got {tuple(out.shape)}"
+        )
+    if out.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"out must be float32, got {out.dtype}")
+    if out.device != q.device:
+        raise ValueError(f"out must be on q's device ({q.device}), got {out.device}")
+    if out.shape[2] > 1 and out.stride(2) != 1:
+        raise ValueError(f"out must be contiguous in its last dimension, got strides {out.stride()}")
+
+
+def _index_tensor(name: str, index: Index, device: torch.device) -> Tensor:
+    if not isinstance(index, Tensor):
+        index = torch.tensor(list(index), dtype=torch.int64)
+    if index.dim() != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {tuple(index.shape)}")
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {index.dtype}")
+    return index if index.device == device else index.to(device, non_blocking=True)
+
+
+def _readable(index: Index) -> bool:
+    """Whether the values can be read without a device synchronisation or a graph break."""
+    if torch.compiler.is_compiling():
+        return not isinstance(index, Tensor)
+    return not isinstance(index, Tensor) or index.device.type == "cpu"

@@ -1,0 +1,194 @@
+"""The CPU paths: attention through PyTorch's fused kernel, which hands out its log-sum-exp, and a blocked column mass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sinkprune.kernels.reference import LOG2E, sampled_rows, visible_keys
+
+# Scores formed at once, in elements: 2 MiB of float32, so that a block stays in the cache while it is read twice.
+BLOCK_SCORES = 1 << 19
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept_heads: Tensor | None,
+    kv_head_of: Tensor | None,
+    key_padding_mask: Tensor | None,
+    block_size: int | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    scale: float,
+    compact: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the kept heads by the fused CPU kernel. The head subset is gathered, the result scattered."""
+    b, hq, lq, d = q.shape
+    if kept_heads is not None:
+        q = q.index_select(1, kept_heads)
+        if kv_head_of is None and k.shape[1] != hq:
+            kv_head_of = torch.arange(hq, device=q.device) // (hq // k.shape[1])
+        groups = kept_heads if kv_head_of is None else kv_head_of.index_select(0, kept_heads)
+        k, v = k.index_select(1, groups), v.index_select(1, groups)
+    elif kv_head_of is not None:
+        k, v = k.index_select(1, kv_head_of), v.index_select(1, kv_head_of)
+
+    if key_padding_mask is not None:
+        if bool(key_padding_mask.all()):
+            key_padding_mask = None
+        else:  # a padded key or value may be anything, NaN included
+            hidden = ~key_padding_mask[:, None, :, None]
+            k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    seen = visible_keys(
+        lq,
+        k.shape[2],
+        key_padding_mask=key_padding_mask,
+        block_size=block_size,
+        query_positions=query_positions,
+        key_positions=key_positions,
+    )
+    bias = None
+    if seen is not None:
+        bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf)[:, None]
+
+    heads = q.shape[1]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if 0 in (b, heads, lq, k.shape[2]):  # the fused kernel divides by zero on these
+        out = q.new_zeros(b, lq, heads, d).transpose(1, 2)
+        lse = torch.full((b, heads, lq), math.inf, dtype=wide)
+    else:
+        out, natural = _flash(q, k, v, attn_mask=bias, scale=scale)
+        lse = torch.mul(natural, LOG2E, out=torch.empty((b, heads, lq), dtype=wide))
+        if seen is not None:
+            empty = ~seen.any(-1)[:, None]
+            lse.masked_fill_(empty, math.inf)
+            out.masked_fill_(empty[..., None], 0)
+    if compact or kept_heads is None:
+        return out, lse
+    full = out.new_zeros(b, lq, hq, d).transpose(1, 2).index_copy_(1, kept_heads, out)
+    return full, lse.new_full((b, hq, lq), math.inf).index_copy_(1, kept_heads, lse)
+
+
+def column_mass_(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    kept_heads: Tensor | None,
+    kv_head_of: Tensor | None,
+    key_padding_mask: Tensor | None,
+    block_size: int | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    scale: float,
+    sample: int | None,
+    offset: Tensor | None,
+) -> None:
+    """Write the column mass into ``out`` ``[B, Hq, >= Lk]``, never forming more than `BLOCK_SCORES` scores at once."""
+    b, hq, lq, d = q.shape
+    lk = k.shape[2]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows = sampled_rows(lq, sample, 0 if offset is None else int(offset))
+    q = q[:, :, rows]
+    counted = None if query_positions is None else (query_positions >= 0)[:, rows]
+    if block_size is not None:
+        query_positions = (
+            torch.arange(lq)[None].expand(b, lq) if query_positions is None else query_positions
+        )[:, rows]
+    else:
+        query_positions = None
+    if lse is not None:
+        lse = lse[:, :, rows]
+
+    heads = torch.arange(hq) if kept_heads is None else kept_heads
+    groups = heads // (hq // max(k.shape[1], 1)) if kv_head_of is None and hq else heads
+    if kv_head_of is not None:
+        groups = kv_head_of.index_select(0, heads)
+    n, lq = len(heads), q.shape[2]
+    if 0 in (b, n, lq, lk):
+        out.zero_()
+        return
+
+    q = q if kept_heads is None else q.index_select(1, heads)
+    if kept_heads is not None or kv_head_of is not None or n != k.shape[1]:
+        k = k.index_select(1, groups)
+    q, k = q.to(wide).reshape(b * n, lq, d), k.to(wide).reshape(b * n, lk, d)
+    if key_padding_mask is not None and not bool(key_padding_mask.all()):
+        k = k.reshape(b, n, lk, d).masked_fill(~key_padding_mask[:, None, :, None], 0).reshape(b * n, lk, d)
+    else:
+        key_padding_mask = None
+    if lse is not None:
+        lse = (lse if kept_heads is None else lse.index_select(1, heads)).to(wide).reshape(b * n, lq, 1)
+        # An empty row adds nothing: exp2(s - inf) = 0. A padded query is made one.
+        lse = lse.masked_fill(lse == -math.inf, math.inf)
+        if counted is not None:
+            lse = lse.reshape(b, n, lq).masked_fill(~counted[:, None], math.inf).reshape(b * n, lq, 1)
+        negative_lse = -lse
+
+    mass = torch.zeros(b * n, lk, dtype=wide)
+    number = torch.zeros(b * n, 1, dtype=wide)
+    rows_at_once = max(1, min(lq, BLOCK_SCORES // lk))
+    heads_at_once = max(1, BLOCK_SCORES // (lk * lq)) if rows_at_once == lq else 1
+    # Rows of one sample share their visibility mask, so a block of heads with a mask stays within one sample.
+    masked = (
+        key_padding_mask is not None or query_positions is not None or (lse is None and counted is not None)
+    )
+    if masked:
+        heads_at_once = min(heads_at_once, n)
+    for first in _starts(b, n, heads_at_once, within_sample=masked):
+        last = min(first + heads_at_once, (first // n + 1) * n if masked else b * n)
+        keys = k[first:last].mT
+        for row in range(0, lq, rows_at_once):
+            block = slice(row, min(row + rows_at_once, lq))
+            seen = None
+            if masked:
+                sample_id = slice(first // n, first // n + 1)
+                seen = visible_keys(
+                    block.stop - row,
+                    lk,
+                    key_padding_mask=None if key_padding_mask is None else key_padding_mask[sample_id],
+                    block_size=None if query_positions is None else block_size,
+                    query_positions=None if query_positions is None else query_positions[sample_id, block],
+                    key_positions=None if key_positions is None else key_positions[sample_id],
+                )
+                if lse is None and counted is not None and query_positions is None:
+                    valid = counted[sample_id, block][..., None]
+                    seen = valid if seen is None else seen & valid
+            if lse is None:
+                scores = torch.bmm(q[first:last, block], keys).mul_(scale)
+                if seen is not None:
+                    scores.masked_fill_(~seen, -math.inf)
+                weights = torch.softmax(scores, -1)
+                if seen is not None:
+                    empty = ~seen.any(-1, keepdim=True)
+                    weights.masked_fill_(empty, 0)
+                    number[first:last] += (~empty).expand(1, block.stop - row, 1).sum(1)
+                else:
+                    number[first:last] += block.stop - row
+            else:
+                weights = torch.baddbmm(
+                    negative_lse[first:last, block], q[first:last, block], keys, alpha=scale * LOG2E
+                ).exp2_()
+                if seen is not None:
+                    weights.masked_fill_(~seen, 0)
+                number[first:last] += (lse[first:last, block] != math.inf).sum(1)
+            mass[first:last] += weights.sum(1)
+    mass = (mass / number.clamp_(min=1)).reshape(b, n, lk)
+    if out.shape[2] > lk:
+        out[:, :, lk:].zero_()
+    if kept_heads is None:
+        out[:, :, :lk] = mass
+    else:
+        out[:, :, :lk].zero_().index_copy_(1, heads, mass.to(out.dtype))
+
+
+def _starts(b: int, n: int, heads_at_once: int, within_sample: bool) -> list[int]:
+    if not within_sample:
+        return list(range(0, b * n, heads_at_once))
+    return [i * n + h for i in range(b) for h in range(0, n, heads_at_once)]
