@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,20 @@ from torch import Tensor, nn
 
 from sinkprune import ops
 from sinkprune.rotary import apply_rotary
+
+
+class AttentionCall(NamedTuple):
+    """One attention as an observer sees it, after RoPE; the arguments of ``ops.column_mass``."""
+
+    query: Tensor  # [B, H, Lq, D]
+    key: Tensor  # [B, Hkv, Lk, D]
+    lse: Tensor | None  # base-2 log-sum-exp [B, H, Lq], where attention returned it
+    kept_heads: Tensor | None
+    kv_head_of: Tensor | None
+    key_padding_mask: Tensor | None  # bool [B, Lk], True = valid
+
+
+AttentionObserver = Callable[[AttentionCall], None]
 
 
 class SinkPrunedAttention(nn.Module):
@@ -24,7 +39,7 @@ class SinkPrunedAttention(nn.Module):
         kv_head_of: for each of the n query heads, which of the m key/value heads it reads.
         qkv_bias, o_bias: optional, ``[(n + 2 m) * head_dim]`` and ``[hidden]``.
 
-    ``observer``, where set, is called with (query, key, log-sum-exp, key-padding mask) after each attention.
+    ``observer``, where set, is called with an ``AttentionCall`` after each attention.
     """
 
     kv_head_of: Tensor | None
@@ -57,7 +72,7 @@ class SinkPrunedAttention(nn.Module):
         one_to_one = kv_head_of == list(range(self.num_heads))
         index = None if one_to_one else torch.tensor(kv_head_of, device=_index_device(qkv_weight))
         self.register_buffer("kv_head_of", index, persistent=False)
-        self.observer: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None] | None = None
+        self.observer: AttentionObserver | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Attend over ``x`` ``[B, L, hidden]``; cos and sin float32 ``[L, rotated]``; mask bool ``[B, L]``, True = valid."""
@@ -70,7 +85,7 @@ class SinkPrunedAttention(nn.Module):
             q, k, heads[:, turning:], kv_head_of=self.kv_head_of, key_padding_mask=key_padding_mask
         )
         if self.observer is not None:
-            self.observer(q, k, lse, key_padding_mask)
+            self.observer(AttentionCall(q, k, lse, None, self.kv_head_of, key_padding_mask))
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

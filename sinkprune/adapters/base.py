@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sinkprune.modules import AttentionCall
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -77,8 +79,7 @@ class MLPWeights:
     down_bias: Tensor | None = None
 
 
-# Called with (layer, query, key, log-sum-exp or None, key-padding mask or None) after each attention.
-LayerObserver = Callable[[int, Tensor, Tensor, "Tensor | None", "Tensor | None"], None]
+LayerObserver = Callable[[int, AttentionCall], None]
 
 
 class Adapter(ABC):

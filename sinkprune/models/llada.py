@@ -8,7 +8,6 @@ Source: "Large Language Diffusion Models" (arXiv 2502.09992) and the configurati
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
+from sinkprune.modules import AttentionCall, AttentionObserver
 from sinkprune.rotary import apply_rotary, rotary_table
 
 MODEL_TYPE = "llada"
@@ -109,11 +109,6 @@ class RMSNorm(nn.Module):
         return normed if self.weight is None else normed * self.weight
 
 
-# What an observer of a layer is handed: query [B, H, L, D], key [B, Hkv, L, D] (both after RoPE), the log-sum-exp
-# [B, H, L] that attention returned, and the key-padding mask [B, L] or None.
-AttentionObserver = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], None]
-
-
 class LLaDABlock(nn.Module):
     """One transformer block. It has no attention module: the projections are its own, as in the published tree.
 
@@ -161,7 +156,7 @@ class LLaDABlock(nn.Module):
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         out, lse = ops.attention(q, k, v, kept_heads=self.kept_heads, key_padding_mask=key_padding_mask)
         if self.observer is not None:
-            self.observer(q, k, lse, key_padding_mask)
+            self.observer(AttentionCall(q, k, lse, self.kept_heads, None, key_padding_mask))
         return self.attn_out(out.transpose(1, 2).flatten(2))
 
     def _feed(self, x: Tensor) -> Tensor:
@@ -193,7 +188,9 @@ class LLaDA(nn.Module):
             }
         )
         if not config.weight_tying:
-            transformer["ff_out"] = nn.Linear(config.d_model, config.vocabulary_rows, bias=config.include_bias)
+            transformer["ff_out"] = nn.Linear(
+                config.d_model, config.vocabulary_rows, bias=config.include_bias
+            )
         self.model = nn.ModuleDict({"transformer": transformer})
         self._rotary: tuple[Tensor, Tensor] | None = None
 
@@ -218,9 +215,13 @@ class LLaDA(nn.Module):
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids must have shape [B, L] with L >= 1, got {tuple(input_ids.shape)}")
         if input_ids.shape[1] > self.config.max_sequence_length:
-            raise ValueError(f"sequence of {input_ids.shape[1]} tokens exceeds the context of {self.config.max_sequence_length}")
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens exceed the context of {self.config.max_sequence_length}"
+            )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}")
+            raise ValueError(
+                f"attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+            )
         key_padding_mask = None if attention_mask is None else attention_mask.bool()
         cos, sin = self.rotary(input_ids.shape[1], input_ids.device)
         x = self.model["transformer"]["wte"](input_ids)
@@ -231,7 +232,11 @@ class LLaDA(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden states ``[..., d_model]``."""
         transformer = self.model["transformer"]
-        logits = F.linear(hidden, transformer["wte"].weight) if self.config.weight_tying else transformer["ff_out"](hidden)
+        logits = (
+            F.linear(hidden, transformer["wte"].weight)
+            if self.config.weight_tying
+            else transformer["ff_out"](hidden)
+        )
         return logits / self.config.d_model**0.5 if self.config.scale_logits else logits
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> DLMOutput:

@@ -1,0 +1,258 @@
+"""Loading published checkpoints and ours, and saving dense, masked or compact models. Safetensors only, never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sinkprune.adapters import adapter_for
+from sinkprune.models.llada import MODEL_TYPE, LLaDA, LLaDAConfig
+from sinkprune.planning import PrunePlan
+from sinkprune.repacking import apply, install_compact, mark
+from sinkprune.version import __version__
+
+MANIFEST = "sinkprune.json"
+MANIFEST_SCHEMA = 1
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 10**9
+
+# model_type of a config.json -> a function that lays the model out from the parsed config
+NATIVE: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+    MODEL_TYPE: lambda config: LLaDA(LLaDAConfig.from_dict(config)),
+}
+
+
+def load(
+    source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer.
+
+    Args:
+        source: ``"tiny"`` for the embedded model, or a local folder with ``config.json`` and safetensors: a published
+            checkpoint (sharded with an index, or one file) or one written by ``save``.
+        device: where the tensors go, straight from the file.
+        dtype: floating type of the parameters; None keeps the file's.
+
+    Returns:
+        ``(model in evaluation mode, tokenizer or None)``.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: an unknown model type, missing, unexpected or misshapen tensors, or a damaged checkpoint.
+    """
+    folder = _folder(source)
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if model_type not in NATIVE:
+        raise ValueError(f"{folder}: unknown model_type {model_type!r}; known: {', '.join(NATIVE)}")
+    manifest = _read_manifest(folder)
+    with torch.device("meta"):
+        model = NATIVE[model_type](config)
+    plan = form = None
+    if manifest is not None and manifest["plan"] is not None:
+        plan, form = PrunePlan.from_dict(manifest["plan"]), manifest["form"]
+        if plan.geometry != adapter_for(model).geometry():
+            raise ValueError(f"{folder}: the plan in {MANIFEST} does not fit config.json")
+        if form == "compact":
+            install_compact(model, plan)
+    _fill(model, _weight_files(folder), torch.device(device), dtype)
+    if plan is not None and form == "compact":
+        mark(model, plan, form)
+    elif plan is not None:
+        apply(model, plan, mode="mask")
+    return model.eval(), _load_tokenizer(folder)
+
+
+def save(
+    model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Write ``model`` so that ``load(folder)`` reads it back; the folder appears whole or not at all.
+
+    Args:
+        model: a native model, dense, masked or compact.
+        folder: must not exist, unless ``overwrite`` and it holds a checkpoint of ours.
+        tokenizer: saved beside it where given.
+        overwrite: replace a checkpoint that ``save`` wrote.
+        shard_bytes: largest size of one safetensors file.
+
+    Raises:
+        FileExistsError: something else is there.
+        TypeError: a model that has no native loader.
+    """
+    folder = Path(folder)
+    if not isinstance(model, LLaDA):
+        raise TypeError(f"save writes native models, got {type(model).__name__}")
+    if folder.exists() and not (overwrite and (folder / MANIFEST).exists()):
+        raise FileExistsError(f"{folder} exists; choose another path or overwrite=True for a sinkprune checkpoint")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        names = _write_shards(model, part, shard_bytes)
+        (part / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(part))
+        adapter = adapter_for(model)
+        plan: PrunePlan | None = getattr(model, "prune_plan", None)
+        manifest = {
+            "schema": MANIFEST_SCHEMA,
+            "form": adapter.form,
+            "plan": None if plan is None else plan.to_dict(),
+            "provenance": {"sinkprune": __version__, "torch": torch.__version__},
+            "sha256": {name: _sha256(part / name) for name in ["config.json", *names]},
+        }
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        part.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            os.replace(folder, old / "it")
+            os.replace(part, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return folder
+
+
+def asset(name: str) -> Path:
+    """Path of a file or folder that the package ships under ``assets/``."""
+    return Path(str(importlib.resources.files("sinkprune"))) / "assets" / name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object. Raises ``ValueError`` naming the file where it isn't one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(values).__name__}")
+    return values
+
+
+def _folder(source: str | Path) -> Path:
+    if source == "tiny":
+        return asset("tiny")
+    folder = Path(source)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{source!s}: expected 'tiny' or a local folder with config.json")
+    return folder
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Our manifest, checked: schema, and the hash of every file it names."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if manifest.get("schema") != MANIFEST_SCHEMA:
+        raise ValueError(f"{path}: expected schema {MANIFEST_SCHEMA}, got {manifest.get('schema')!r}")
+    if manifest.get("form") not in ("dense", "mask", "compact") or not isinstance(manifest.get("sha256"), dict):
+        raise ValueError(f"{path}: malformed manifest")
+    for name, expected in manifest["sha256"].items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing")
+        if _sha256(folder / name) != expected:
+            raise ValueError(f"{folder / name} is damaged or was changed: its sha256 differs from {MANIFEST}")
+    return manifest
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Safetensors files and the tensors the index promises in each (None: whatever is there)."""
+    if (folder / INDEX).exists():
+        promised: dict[Path, list[str] | None] = {}
+        for tensor, name in read_json(folder / INDEX).get("weight_map", {}).items():
+            names = promised.setdefault(folder / name, [])
+            assert names is not None
+            names.append(tensor)
+        if promised:
+            return promised
+        raise ValueError(f"{folder / INDEX}: no weight_map")
+    if (folder / "model.safetensors").exists():
+        return {folder / "model.safetensors": None}
+    raise FileNotFoundError(f"{folder}: expected model.safetensors or {INDEX}")
+
+
+def _fill(
+    model: nn.Module, files: dict[Path, list[str] | None], device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Give a model laid out on ``meta`` its tensors, one at a time, straight onto ``device``."""
+    wanted = model.state_dict()
+    found: dict[str, Tensor] = {}
+    for path, promised in files.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as handle:
+                for name in handle.keys() if promised is None else promised:
+                    if name not in wanted:
+                        raise ValueError(f"{path}: unexpected tensor {name!r}")
+                    tensor = handle.get_tensor(name)
+                    if tensor.shape != wanted[name].shape:
+                        expected = tuple(wanted[name].shape)
+                        raise ValueError(f"{path}: {name} must have shape {expected}, got {tuple(tensor.shape)}")
+                    convert = dtype is not None and tensor.is_floating_point()
+                    found[name] = tensor.to(dtype) if convert else tensor
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]!r}")
+    model.load_state_dict(found, assign=True)
+    for module in model.modules():  # indices were laid out on the CPU
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                setattr(module, name, buffer.to(device))
+
+
+def _write_shards(model: nn.Module, folder: Path, shard_bytes: int) -> list[str]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in model.state_dict().items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().contiguous()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return ["model.safetensors"]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for shard, name in zip(shards, names, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    weight_map = {tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    return [*names, INDEX]
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer through transformers, or None where there is none."""
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        return None
+    if not (folder / "tokenizer_config.json").exists():
+        raise ValueError(f"{folder}: tokenizer.json without tokenizer_config.json")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

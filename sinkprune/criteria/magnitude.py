@@ -1,0 +1,52 @@
+"""The data-free baseline: heads with small weights go first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from sinkprune.adapters import Adapter, MLPWeights
+from sinkprune.criteria.base import HeadCriterion, register_criterion
+
+if TYPE_CHECKING:
+    from sinkprune.profiling import SinkProfile
+
+
+@register_criterion
+@dataclass
+class Magnitude(HeadCriterion):
+    """Root of the summed squares of a head's q, k, v and o weights.
+
+    Query heads that share a key/value head each count the whole of it.
+    """
+
+    name: ClassVar[str] = "magnitude"
+
+    def score(self, adapter: Adapter, profile: SinkProfile | None, seed: int) -> Tensor:
+        geometry = adapter.geometry()
+        scores = torch.zeros(geometry.num_layers, max(geometry.heads))
+        for layer in range(geometry.num_layers):
+            weights = adapter.attention_weights(layer)
+            shared = torch.tensor(geometry.kv_head_of(layer))
+            per_head = [
+                _squares(weights.q, geometry.head_dim),
+                _squares(weights.o.T, geometry.head_dim),
+                _squares(weights.k, geometry.head_dim)[shared],
+                _squares(weights.v, geometry.head_dim)[shared],
+            ]
+            scores[layer, : geometry.heads[layer]] = torch.stack(per_head).sum(0).sqrt()
+        return scores
+
+
+def channel_magnitude(weights: MLPWeights) -> Tensor:
+    """Root of the summed squares of each MLP channel's gate, up and down weights: float32 ``[channels]``."""
+    parts = (weights.gate, weights.up, weights.down.T)
+    return torch.stack([part.detach().float().square().sum(1) for part in parts]).sum(0).sqrt().cpu()
+
+
+def _squares(weight: Tensor, head_dim: int) -> Tensor:
+    """Sum of squares of each head's rows: ``[heads * head_dim, n]`` to float32 ``[heads]``."""
+    return weight.detach().float().square().sum(1).view(-1, head_dim).sum(1).cpu()

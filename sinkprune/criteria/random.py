@@ -1,0 +1,27 @@
+"""The floor every criterion must clear: heads in an order drawn from a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from sinkprune.adapters import Adapter
+from sinkprune.criteria.base import HeadCriterion, register_criterion
+
+if TYPE_CHECKING:
+    from sinkprune.profiling import SinkProfile
+
+
+@register_criterion
+@dataclass
+class Random(HeadCriterion):
+    """Uniform scores from ``seed``."""
+
+    name: ClassVar[str] = "random"
+
+    def score(self, adapter: Adapter, profile: SinkProfile | None, seed: int) -> Tensor:
+        geometry = adapter.geometry()
+        return torch.rand(geometry.num_layers, max(geometry.heads), generator=torch.Generator().manual_seed(seed))

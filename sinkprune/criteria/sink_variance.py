@@ -1,0 +1,32 @@
+"""The paper's criterion: a head whose sink position varies over the denoising steps goes first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from sinkprune.adapters import Adapter
+from sinkprune.criteria.base import HeadCriterion, register_criterion
+
+if TYPE_CHECKING:
+    from sinkprune.profiling import SinkProfile
+
+
+@register_criterion
+@dataclass
+class SinkVariance(HeadCriterion):
+    """Minus the variance over steps of the sink position, mean over samples (arXiv 2602.17664, section 3).
+
+    A diffuse head has an argmax that wanders though nothing stands out; ungated, as in the paper, it counts as
+    unstable. ``gated=True`` counts only the steps on which the sink stands out.
+    """
+
+    name: ClassVar[str] = "sink_variance"
+    needs_profile: ClassVar[bool] = True
+    gated: bool = False
+
+    def score(self, adapter: Adapter, profile: SinkProfile | None, seed: int) -> Tensor:
+        assert profile is not None
+        return -profile.head_mean("gated_position_variance" if self.gated else "position_variance")

@@ -1,0 +1,133 @@
+"""Putting a plan into a model: skipped heads (mask form) or really smaller matrices (compact form)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sinkprune import native
+from sinkprune.adapters import Adapter, AttentionWeights, Geometry, MLPWeights, adapter_for
+from sinkprune.modules import CompactMLP, SinkPrunedAttention
+from sinkprune.planning import PrunePlan
+
+
+def apply(model: nn.Module, plan: PrunePlan, mode: str = "compact", *, low_memory: bool = False) -> nn.Module:
+    """Prune ``model`` in place and return it.
+
+    Args:
+        model: a dense model of the plan's geometry and fingerprint.
+        plan: what to keep.
+        mode: ``"compact"`` makes the matrices smaller; ``"mask"`` skips heads and channels with the weights as they
+            are, and ``restore`` undoes it.
+        low_memory: replace layer by layer, so that the peak is one layer's projections more than the model. A failure
+            half-way then leaves the model part compact; without it, the model is as it was.
+
+    Raises:
+        ValueError: a model that is pruned already, a plan for another model, or a layer that can't be compacted.
+    """
+    adapter = adapter_for(model)
+    if mode not in ("compact", "mask"):
+        raise ValueError(f"mode must be 'compact' or 'mask', got {mode!r}")
+    if adapter.form != "dense":
+        raise ValueError(f"the model is already pruned ({adapter.form} form)")
+    if plan.geometry != adapter.geometry():
+        raise ValueError(f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}")
+    if plan.fingerprint and plan.fingerprint != adapter.fingerprint():
+        raise ValueError("the plan was made for other weights: its fingerprint differs from the model's")
+    if mode == "mask":
+        _mask(adapter, plan)
+    else:
+        install_compact(model, plan, low_memory=low_memory)
+    mark(model, plan, mode)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``apply(..., mode="mask")``. Raises ``ValueError`` for a compact model, whose weights are gone."""
+    adapter = adapter_for(model)
+    if adapter.form == "compact":
+        raise ValueError("a compact model can't be restored: load the dense checkpoint again")
+    for layer in range(adapter.geometry().num_layers):
+        adapter.mask(layer, None, None)
+    mark(model, None, "dense")
+    return model
+
+
+def mark(model: nn.Module, plan: PrunePlan | None, form: str) -> None:
+    """Note on the model what was done to it."""
+    model.prune_plan, model.prune_form = plan, form  # type: ignore[assignment]
+
+
+def install_compact(model: nn.Module, plan: PrunePlan, *, low_memory: bool = False) -> None:
+    """Replace the projections of every layer that the plan changes. Works on ``meta`` tensors too."""
+    adapter = adapter_for(model)
+    geometry = adapter.geometry()
+    refusal = adapter.refuse_compact()
+    if refusal:
+        raise ValueError(f"this model can't take the compact form: {refusal}; use mode='mask'")
+    layers = range(geometry.num_layers)
+    if low_memory:
+        for layer in layers:
+            adapter.install(layer, *compact_layer(adapter, plan, layer))
+        return
+    modules = [compact_layer(adapter, plan, layer) for layer in layers]  # all of them before the first change
+    for layer in layers:
+        adapter.install(layer, *modules[layer])
+
+
+def compact_layer(
+    adapter: Adapter, plan: PrunePlan, layer: int
+) -> tuple[SinkPrunedAttention, CompactMLP | None]:
+    """The compact modules of ``layer``, beside the dense tensors they were packed from."""
+    kept = plan.layers[layer]
+    attention = compact_attention(adapter.attention_weights(layer), adapter.geometry(), layer, kept.kept_heads)
+    mlp = None
+    if kept.kept_channels is not None:
+        mlp = compact_mlp(adapter.mlp_weights(layer), kept.kept_channels)
+    return attention, mlp
+
+
+@torch.no_grad()
+def compact_attention(
+    weights: AttentionWeights, geometry: Geometry, layer: int, kept_heads: list[int]
+) -> SinkPrunedAttention:
+    """Pack the kept query heads, and the key/value heads that they read, into one fused layer."""
+    kv_heads = geometry.kv_heads_used(layer, kept_heads)
+    owner = geometry.kv_head_of(layer)
+    qkv, bias, _ = native.pack_qkv(
+        weights.q, weights.k, weights.v, weights.q_bias, weights.k_bias, weights.v_bias,
+        kept_heads, kv_heads, geometry.head_dim,
+    )  # fmt: skip
+    return SinkPrunedAttention(
+        qkv,
+        native.pack_o(weights.o, kept_heads, geometry.head_dim),
+        geometry.head_dim,
+        kept_heads,
+        [kv_heads.index(owner[head]) for head in kept_heads],
+        qkv_bias=bias,
+        o_bias=_copy(weights.o_bias),
+    )
+
+
+@torch.no_grad()
+def compact_mlp(weights: MLPWeights, channels: list[int]) -> CompactMLP:
+    """Pack the kept channels of a gated MLP, gate and up fused."""
+    gate_up, down = native.pack_mlp(weights.gate, weights.up, weights.down, channels)
+    bias = None
+    if weights.gate_bias is not None and weights.up_bias is not None:
+        index = torch.tensor(channels, device=weights.gate_bias.device)
+        bias = torch.cat((weights.gate_bias[index], weights.up_bias[index]))
+    return CompactMLP(gate_up, down, bias, _copy(weights.down_bias))
+
+
+def _mask(adapter: Adapter, plan: PrunePlan) -> None:
+    for layer, kept in enumerate(plan.layers):
+        device = adapter.attention_weights(layer).q.device
+        channels = None if kept.kept_channels is None else torch.tensor(kept.kept_channels, device=device)
+        everything = len(kept.kept_heads) == plan.geometry.heads[layer]
+        heads = None if everything else torch.tensor(kept.kept_heads, dtype=torch.long, device=device)
+        adapter.mask(layer, heads, channels)
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
