@@ -135,3 +135,84 @@ def column_mass(
     weights = torch.exp2(scores - lse[..., None]).masked_fill(~counted[..., None], 0)
     mass = weights.sum(2) / counted.sum(2).clamp(min=1)[..., None]
     return mass.new_zeros(b, hq, k.shape[2]).index_copy(1, heads, mass)
+
+
+# Columns of the state row that `sink_update` keeps per (layer, sample, head). A row is 32 floats: one cache line.
+# Two runs of eight position columns, over the steps with a sink and over those whose sink stands out:
+# count, mean, sum of squared deviations, minimum, maximum, last, number of moves, sum of |move|.
+COUNT, GATED = 0, 8
+MASS_MEAN, MASS_M2, MARGIN_SUM, SHARE_SUM, GATED_MASS_SUM, STEPS = 16, 17, 18, 19, 20, 21
+STATE_WIDTH = 32
+
+
+def sink_update_(
+    mass: Tensor,
+    state: Tensor,
+    *,
+    valid: Tensor | None = None,
+    num_keys: int | None = None,
+    gate_share: float = 0.0,
+    gate_sigma: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Fold one step's column mass into the running statistics, in place; returns ``(position, mass)`` of the step.
+
+    Args:
+        mass: ``[R, K]``, a row per (layer, sample, head).
+        state: ``[R, STATE_WIDTH]`` float, zeros at the start; columns as named in this module.
+        valid: bool ``[R, K]``: keys that are not padded. None = all of the first ``num_keys``.
+        num_keys: leading columns in use; None = all.
+        gate_share, gate_sigma: the sink stands out when its mass is at least ``gate_share`` fair shares (1 / valid
+            keys) and exceeds mean + ``gate_sigma`` standard deviations of the mass over the valid keys.
+
+    A row with a NaN or an infinity among its valid keys, or with no positive mass, has position -1 and changes nothing
+    but the number of steps. Ties go to the lowest index.
+    """
+    rows, keys = mass.shape
+    usable = torch.ones_like(mass, dtype=torch.bool) if valid is None else valid.clone()
+    if num_keys is not None:
+        usable[:, num_keys:] = False
+    state[:, STEPS] += 1
+    if keys == 0 or rows == 0:
+        return torch.full((rows,), -1, dtype=torch.int32), mass.new_zeros(rows)
+    a = mass.to(state.dtype).masked_fill(~usable, -1.0)
+    finite = torch.isfinite(a).all(1)
+    a = torch.where(finite[:, None], a, -1.0)
+    top = a.amax(1)
+    position = (a == top[:, None]).to(torch.int8).argmax(1)  # the first of equals
+    rest = a.scatter(1, position[:, None], -1.0).amax(1).clamp(min=0)
+    n = usable.sum(1).to(state.dtype).clamp(min=1)
+    held = torch.where(usable & finite[:, None], a, 0.0)
+    mean = held.sum(1) / n
+    deviation = torch.where(usable, held - mean[:, None], 0.0)
+    std = (deviation.square().sum(1) / n).sqrt()
+    sink = top > 0
+    stands_out = sink & (top * n >= gate_share) & (top > mean + gate_sigma * std)
+
+    p = position.to(state.dtype)
+    for first, taken in ((COUNT, sink), (GATED, stands_out)):
+        count = state[:, first]
+        pos_mean, pos_m2, low, high, last = (state[:, first + i] for i in range(1, 6))
+        moved = torch.where(count > 0, (p - last).abs(), 0.0)
+        state[:, first + 6] += torch.where(taken & (moved > 0), 1.0, 0.0)
+        state[:, first + 7] += torch.where(taken, moved, 0.0)
+        new_count = count + 1
+        delta = p - pos_mean
+        new_mean = pos_mean + delta / new_count
+        new = (
+            new_count,
+            new_mean,
+            pos_m2 + delta * (p - new_mean),
+            torch.where(count > 0, torch.minimum(low, p), p),
+            torch.where(count > 0, torch.maximum(high, p), p),
+            p,
+        )
+        for i, value in enumerate(new):
+            state[:, first + i] = torch.where(taken, value, state[:, first + i])
+    delta = top - state[:, MASS_MEAN]
+    new_mean = state[:, MASS_MEAN] + delta / state[:, COUNT].clamp(min=1)
+    state[:, MASS_M2] += torch.where(sink, delta * (top - new_mean), 0.0)
+    state[:, MASS_MEAN] = torch.where(sink, new_mean, state[:, MASS_MEAN])
+    state[:, MARGIN_SUM] += torch.where(sink, top - rest, 0.0)
+    state[:, SHARE_SUM] += torch.where(sink, top * n, 0.0)
+    state[:, GATED_MASS_SUM] += torch.where(stands_out, top, 0.0)
+    return torch.where(sink, position, -1).to(torch.int32), torch.where(sink, top, 0.0)

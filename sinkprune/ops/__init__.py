@@ -252,3 +252,27 @@ def gather_heads(weight: Tensor, heads: Index, head_dim: int, dim: int) -> Tenso
 def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+def sink_update(
+    mass: Tensor,
+    state: Tensor,
+    steps: Tensor,
+    sample_of: Tensor,
+    key_padding_mask: Tensor | None,
+    num_keys: int,
+    gate_share: float,
+    gate_sigma: float,
+    trace_positions: Tensor,
+    trace_mass: Tensor,
+) -> None:
+    """One step of `SinkTracker`: fold the mass of all layers into the state, in place. See `SinkTracker.end_step`."""
+    valid = None if key_padding_mask is None else key_padding_mask[sample_of.long(), :num_keys]
+    position, top = reference.sink_update_(
+        mass[:, :num_keys], state, valid=valid, gate_share=gate_share, gate_sigma=gate_sigma
+    )
+    if trace_positions.shape[0]:
+        step = int(steps)
+        if step < trace_positions.shape[0]:
+            trace_positions[step], trace_mass[step] = position, top
+    steps += 1
