@@ -1,0 +1,63 @@
+"""Sink-aware pruning for diffusion language models: profile, plan, apply, generate.
+
+    import sinkprune as sp
+    model, tokenizer = sp.load("tiny")
+    profile = sp.profile(model, ["My fellow citizens"], tokenizer=tokenizer)
+    plan = sp.plan(model, profile, ratio=0.38)
+    sp.apply(model, plan)
+
+Names are imported when first used, so that ``import sinkprune`` stays light.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sinkprune.version import __version__
+
+_HOMES = {
+    "adapter_for": "adapters",
+    "apply": "repacking",
+    "ceiling": "costs",
+    "CompactMLP": "modules",
+    "denoise": "generation",
+    "evaluate": "evaluation",
+    "generate": "generation",
+    "load": "checkpoint",
+    "plan": "planning",
+    "profile": "profiling",
+    "PrunePlan": "planning",
+    "restore": "repacking",
+    "save": "checkpoint",
+    "SinkProfile": "profiling",
+    "SinkPrunedAttention": "modules",
+    "SinkTracker": "sinks",
+    "track": "profiling",
+}
+__all__ = ["__version__", "ops", *sorted(_HOMES)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from sinkprune import ops
+    from sinkprune.adapters import adapter_for
+    from sinkprune.checkpoint import load, save
+    from sinkprune.costs import ceiling
+    from sinkprune.evaluation import evaluate
+    from sinkprune.generation import denoise, generate
+    from sinkprune.modules import CompactMLP, SinkPrunedAttention
+    from sinkprune.planning import PrunePlan, plan
+    from sinkprune.profiling import SinkProfile, profile, track
+    from sinkprune.repacking import apply, restore
+    from sinkprune.sinks import SinkTracker
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("sinkprune.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sinkprune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"sinkprune.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -76,7 +76,12 @@ def load(
 
 
 def save(
-    model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write ``model`` so that ``load(folder)`` reads it back; the folder appears whole or not at all.
 
@@ -95,7 +100,9 @@ def save(
     if not isinstance(model, LLaDA):
         raise TypeError(f"save writes native models, got {type(model).__name__}")
     if folder.exists() and not (overwrite and (folder / MANIFEST).exists()):
-        raise FileExistsError(f"{folder} exists; choose another path or overwrite=True for a sinkprune checkpoint")
+        raise FileExistsError(
+            f"{folder} exists; choose another path or overwrite=True for a sinkprune checkpoint"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -160,7 +167,9 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     manifest = read_json(path)
     if manifest.get("schema") != MANIFEST_SCHEMA:
         raise ValueError(f"{path}: expected schema {MANIFEST_SCHEMA}, got {manifest.get('schema')!r}")
-    if manifest.get("form") not in ("dense", "mask", "compact") or not isinstance(manifest.get("sha256"), dict):
+    if manifest.get("form") not in ("dense", "mask", "compact") or not isinstance(
+        manifest.get("sha256"), dict
+    ):
         raise ValueError(f"{path}: malformed manifest")
     for name, expected in manifest["sha256"].items():
         if not (folder / name).is_file():
@@ -203,7 +212,9 @@ def _fill(
                     tensor = handle.get_tensor(name)
                     if tensor.shape != wanted[name].shape:
                         expected = tuple(wanted[name].shape)
-                        raise ValueError(f"{path}: {name} must have shape {expected}, got {tuple(tensor.shape)}")
+                        raise ValueError(
+                            f"{path}: {name} must have shape {expected}, got {tuple(tensor.shape)}"
+                        )
                     convert = dtype is not None and tensor.is_floating_point()
                     found[name] = tensor.to(dtype) if convert else tensor
         except SafetensorError as error:
@@ -235,19 +246,23 @@ def _write_shards(model: nn.Module, folder: Path, shard_bytes: int) -> list[str]
         save_file(shard, folder / name, metadata={"format": "pt"})
     weight_map = {tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard}
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+    )
     return [*names, INDEX]
 
 
 def _load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer through transformers, or None where there is none."""
-    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        return None
-    if not (folder / "tokenizer_config.json").exists():
-        raise ValueError(f"{folder}: tokenizer.json without tokenizer_config.json")
-    from transformers import AutoTokenizer
+    if (folder / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    if (folder / "tokenizer_config.json").exists():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return None
 
 
 def _sha256(path: Path) -> str:

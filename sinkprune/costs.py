@@ -28,7 +28,9 @@ def layer_sizes(geometry: Geometry, layer: int, kept: LayerPlan | None) -> tuple
 def model_block_parameters(geometry: Geometry, plan: PrunePlan | None = None) -> int:
     """Block parameters of the whole model, dense or under ``plan`` (embeddings, norms and LM head not counted)."""
     return sum(
-        block_parameters(geometry, layer, *layer_sizes(geometry, layer, None if plan is None else plan.layers[layer]))
+        block_parameters(
+            geometry, layer, *layer_sizes(geometry, layer, None if plan is None else plan.layers[layer])
+        )
         for layer in range(geometry.num_layers)
     )
 

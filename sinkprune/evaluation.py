@@ -79,7 +79,9 @@ def evaluate(
     if mask_id is None:
         raise ValueError("the model's config names no mask token: pass mask_token_id")
     if min(windows, length, draws, batch) < 1:
-        raise ValueError(f"windows, length, draws and batch must be at least 1, got {(windows, length, draws, batch)}")
+        raise ValueError(
+            f"windows, length, draws and batch must be at least 1, got {(windows, length, draws, batch)}"
+        )
     ids = _encode(text, tokenizer)
     if len(ids) < length:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {length}")
@@ -88,7 +90,9 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     report = progress or (lambda count: None)
 
-    counts = torch.randperm(windows * draws, generator=generator) + torch.rand(windows * draws, generator=generator)
+    counts = torch.randperm(windows * draws, generator=generator) + torch.rand(
+        windows * draws, generator=generator
+    )
     counts = (counts / (windows * draws) * length).long().clamp(max=length - 1) + 1
     order = torch.rand(windows * draws, length, generator=generator).argsort(-1).argsort(-1)
     losses, _ = _cross_entropy(model, rows.repeat(draws, 1), order < counts[:, None], mask_id, batch, report)

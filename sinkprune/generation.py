@@ -69,7 +69,9 @@ def denoise(
             logits[..., mask_id] = -torch.inf
             drawn = (_gumbel(logits, temperature, generator) if temperature else logits).argmax(-1)
             if remasking == "random":
-                confidence = torch.rand(ids.shape, device=ids.device, generator=generator, dtype=torch.float64)
+                confidence = torch.rand(
+                    ids.shape, device=ids.device, generator=generator, dtype=torch.float64
+                )
             else:
                 confidence = logits.double().softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
             open_ = ids == mask_id

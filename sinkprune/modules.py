@@ -93,7 +93,11 @@ class CompactMLP(nn.Module):
     """SwiGLU over the kept channels: gate and up fused ``[2 c, hidden]``, down ``[hidden, c]``."""
 
     def __init__(
-        self, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
     ) -> None:
         super().__init__()
         if gate_up.shape[0] != 2 * down.shape[1]:
@@ -108,7 +112,9 @@ class CompactMLP(nn.Module):
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer that holds ``weight`` itself, not a copy."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+    layer = nn.Linear(
+        weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype
+    )
     layer.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)

@@ -31,7 +31,9 @@ def apply(model: nn.Module, plan: PrunePlan, mode: str = "compact", *, low_memor
     if adapter.form != "dense":
         raise ValueError(f"the model is already pruned ({adapter.form} form)")
     if plan.geometry != adapter.geometry():
-        raise ValueError(f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}")
+        raise ValueError(
+            f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}"
+        )
     if plan.fingerprint and plan.fingerprint != adapter.fingerprint():
         raise ValueError("the plan was made for other weights: its fingerprint differs from the model's")
     if mode == "mask":
@@ -80,7 +82,9 @@ def compact_layer(
 ) -> tuple[SinkPrunedAttention, CompactMLP | None]:
     """The compact modules of ``layer``, beside the dense tensors they were packed from."""
     kept = plan.layers[layer]
-    attention = compact_attention(adapter.attention_weights(layer), adapter.geometry(), layer, kept.kept_heads)
+    attention = compact_attention(
+        adapter.attention_weights(layer), adapter.geometry(), layer, kept.kept_heads
+    )
     mlp = None
     if kept.kept_channels is not None:
         mlp = compact_mlp(adapter.mlp_weights(layer), kept.kept_channels)

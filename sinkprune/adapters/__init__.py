@@ -3,7 +3,14 @@
 import importlib
 import pkgutil
 
-from sinkprune.adapters.base import Adapter, AttentionWeights, Geometry, MLPWeights, adapter_for, register_adapter
+from sinkprune.adapters.base import (
+    Adapter,
+    AttentionWeights,
+    Geometry,
+    MLPWeights,
+    adapter_for,
+    register_adapter,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -24,4 +24,6 @@ class Random(HeadCriterion):
 
     def score(self, adapter: Adapter, profile: SinkProfile | None, seed: int) -> Tensor:
         geometry = adapter.geometry()
-        return torch.rand(geometry.num_layers, max(geometry.heads), generator=torch.Generator().manual_seed(seed))
+        return torch.rand(
+            geometry.num_layers, max(geometry.heads), generator=torch.Generator().manual_seed(seed)
+        )
