@@ -1,12 +1,14 @@
 """Train the embedded model "tiny": a LLaDA of 6 layers x 8 heads on the State of the Union addresses.
 
-    python examples/train_tiny.py --run runs/tiny --minutes 60      # starts, or goes on from the newest checkpoint
-    python examples/train_tiny.py --run runs/tiny --decay-minutes 15 --export sinkprune/assets/tiny
+    python examples/train_tiny.py --run runs/tiny --minutes 60      # starts, or goes on from the newest
+    checkpoint python examples/train_tiny.py --run runs/tiny --decay-minutes 15 --export sinkprune/assets/tiny
 
-The objective is LLaDA's: t ~ U(0, 1) (stratified over the batch), every token masked with probability t, cross entropy
-of the masked tokens weighted by 1/t; in half of the sequences a random prefix is kept as a prompt. Two choices make a
-CPU budget go further: embeddings and head start from a truncated SVD of the neighbour statistics with a first layer that
-reads the two neighbours (``spectral_start``), and matrices are trained with Muon, the rest with AdamW.
+The objective is LLaDA's: t ~ U(0, 1) (stratified over the batch), every token masked with probability t,
+cross entropy of the masked tokens weighted by 1/t; in half of the sequences a random prefix is kept as a
+prompt. Two choices make a
+CPU budget go further: embeddings and head start from a truncated SVD of the neighbour statistics with a first
+layer that reads the two neighbours (``spectral_start``), and matrices are trained with Muon, the rest with
+AdamW.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ from sinkprune.models.llada import LLaDA, LLaDAConfig
 VOCABULARY = 4096
 END, MASK = "<|endoftext|>", "<|mask|>"
 CONFIG = {
-    "model_type": "llada", "d_model": 256, "n_heads": 8, "n_kv_heads": 8, "n_layers": 6, "mlp_hidden_size": 512,
-    "vocab_size": VOCABULARY, "embedding_size": VOCABULARY, "max_sequence_length": 512, "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5, "eos_token_id": 0, "pad_token_id": 0, "mask_token_id": 1,
+    "model_type": "llada", "d_model": 256, "n_heads": 8, "n_kv_heads": 8, "n_layers": 6, "mlp_hidden_size":
+    512, "vocab_size": VOCABULARY, "embedding_size": VOCABULARY, "max_sequence_length": 512, "rope_theta":
+    10000.0, "rms_norm_eps": 1e-5, "eos_token_id": 0, "pad_token_id": 0, "mask_token_id": 1,
 }  # fmt: skip
 NOISE_FLOOR = 1e-3  # the smallest t, as in LLaDA's forward process
 SHARD_BYTES = 15 * 10**6
@@ -69,8 +71,11 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 
 
 def neighbour_statistics(stream: Tensor) -> tuple[Tensor, Tensor]:
-    """``(log_unigram [V], log_ratio [V, V])``: smoothed log P(x), and log P(left, x) / P(left)P(x) shrunk to 0."""
-    pairs = torch.zeros(VOCABULARY**2).index_add_(0, stream[:-1] * VOCABULARY + stream[1:], torch.ones(len(stream) - 1))
+    """``(log_unigram [V], log_ratio [V, V])``: smoothed log P(x), and log P(left, x) / P(left)P(x) shrunk to
+    0."""
+    pairs = torch.zeros(VOCABULARY**2).index_add_(
+        0, stream[:-1] * VOCABULARY + stream[1:], torch.ones(len(stream) - 1)
+    )
     pairs = pairs.view(VOCABULARY, VOCABULARY)
     unigram = torch.bincount(stream, minlength=VOCABULARY) + 0.5
     unigram = unigram / unigram.sum()
@@ -82,9 +87,9 @@ def neighbour_statistics(stream: Tensor) -> tuple[Tensor, Tensor]:
 def spectral_start(model: LLaDA, stream: Tensor) -> None:
     """Start as a low-rank two-neighbour model.
 
-    log P(x | l, r) = log P(x) + L[l] . R[x] + L[x] . R[r] with ``L R^T`` the truncated SVD of the neighbour statistics.
-    A token's embedding holds (L, R, constant, filler to a fixed norm); half of layer 0's heads copy L from the left
-    neighbour, half copy R from the right one; a head's row is (R, L, log P).
+    log P(x | l, r) = log P(x) + L[l] . R[x] + L[x] . R[r] with ``L R^T`` the truncated SVD of the neighbour
+    statistics. A token's embedding holds (L, R, constant, filler to a fixed norm); half of layer 0's heads
+    copy L from the left neighbour, half copy R from the right one; a head's row is (R, L, log P).
     """
     config = model.config
     width, heads, head = config.d_model, config.n_heads, config.head_dim
@@ -134,7 +139,8 @@ def spectral_start(model: LLaDA, stream: Tensor) -> None:
 
 
 def noise(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """LLaDA's forward process: ``(noisy ids, masked positions, t per sequence)``; a prompt prefix is kept in half."""
+    """LLaDA's forward process: ``(noisy ids, masked positions, t per sequence)``; a prompt prefix is kept in
+    half."""
     batch, length = ids.shape
     t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
     t = NOISE_FLOOR + (1 - NOISE_FLOOR) * t
@@ -174,7 +180,9 @@ class Optimizers:
         matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".blocks." in name]
         chosen = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in chosen]
-        self.muon = torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        self.muon = torch.optim.Muon(
+            matrices, lr=muon_rate, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
         self.adam = torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.01)
         self.rates = (muon_rate, adam_rate)
 
@@ -201,7 +209,9 @@ class Optimizers:
                 owner, index, key = name.split(".")
                 if owner == label:
                     state.setdefault(int(index), {})[key] = value.float()
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
 
 
 def save_checkpoint(run: Path, model: LLaDA, optimizers: Optimizers, progress: dict) -> None:
@@ -271,7 +281,9 @@ def train(arguments: argparse.Namespace) -> None:
         while (elapsed := time.monotonic() - started) < minutes * 60:
             generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + progress["step"])
             length = 256 if progress["step"] % 4 == 3 else 128
-            starts = torch.randint(0, len(stream) - length, (arguments.tokens // length,), generator=generator)
+            starts = torch.randint(
+                0, len(stream) - length, (arguments.tokens // length,), generator=generator
+            )
             ids = stream[starts[:, None] + torch.arange(length)]
             with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
                 loss = batch_loss(model, ids, generator)
@@ -286,7 +298,11 @@ def train(arguments: argparse.Namespace) -> None:
             progress["seconds"] += now - last
             recent = [*recent[-49:], loss.item()]
             bar.update(min(bar.total, int(now - started)) - bar.n)
-            bar.set_postfix(step=progress["step"], loss=f"{sum(recent) / len(recent):.3f}", tok_s=int(ids.numel() / (now - last)))
+            bar.set_postfix(
+                step=progress["step"],
+                loss=f"{sum(recent) / len(recent):.3f}",
+                tok_s=int(ids.numel() / (now - last)),
+            )
             last = now
             if now - last_measured > arguments.measure_minutes * 60:
                 note("measure", loss=sum(recent) / len(recent), held_out=held_out_loss(model, held))
@@ -295,7 +311,9 @@ def train(arguments: argparse.Namespace) -> None:
                 save_checkpoint(run, model, optimizers, progress)
                 last_saved = time.monotonic()
             last = time.monotonic()
-    if not arguments.decay_minutes:  # the decayed model is an end point: training goes on from the undecayed one
+    if (
+        not arguments.decay_minutes
+    ):  # the decayed model is an end point: training goes on from the undecayed one
         save_checkpoint(run, model, optimizers, progress)
     note("end", loss=sum(recent) / max(1, len(recent)), held_out=held_out_loss(model, held))
     if arguments.export:
@@ -313,15 +331,26 @@ def export(folder: Path, model: LLaDA, tokenizer: Tokenizer) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", default="runs/tiny", help="folder of checkpoints, tokenizer and log")
-    parser.add_argument("--minutes", type=float, default=60.0, help="wall-clock minutes to train at the constant rate")
-    parser.add_argument("--decay-minutes", type=float, default=0.0, help="instead, decay the rate to zero over this long")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="wall-clock minutes to train at the constant rate"
+    )
+    parser.add_argument(
+        "--decay-minutes", type=float, default=0.0, help="instead, decay the rate to zero over this long"
+    )
     parser.add_argument("--export", help="write the final model to this folder")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a step")
     parser.add_argument("--muon-rate", type=float, default=2e-3)
     parser.add_argument("--adam-rate", type=float, default=2e-3)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast the forward to bfloat16")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="autocast the forward to bfloat16",
+    )
     parser.add_argument("--save-minutes", type=float, default=4.0)
     parser.add_argument("--measure-minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)

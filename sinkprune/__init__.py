@@ -33,20 +33,20 @@ _HOMES = {
     "SinkTracker": "sinks",
     "track": "profiling",
 }
-__all__ = ["__version__", "ops", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = ["__version__", "ops", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
-    from sinkprune import ops
-    from sinkprune.adapters import adapter_for
-    from sinkprune.checkpoint import load, save
-    from sinkprune.costs import ceiling
-    from sinkprune.evaluation import evaluate
-    from sinkprune.generation import denoise, generate
-    from sinkprune.modules import CompactMLP, SinkPrunedAttention
-    from sinkprune.planning import PrunePlan, plan
-    from sinkprune.profiling import SinkProfile, profile, track
-    from sinkprune.repacking import apply, restore
-    from sinkprune.sinks import SinkTracker
+    from sinkprune import ops as ops
+    from sinkprune.adapters import adapter_for as adapter_for
+    from sinkprune.checkpoint import load as load, save as save
+    from sinkprune.costs import ceiling as ceiling
+    from sinkprune.evaluation import evaluate as evaluate
+    from sinkprune.generation import denoise as denoise, generate as generate
+    from sinkprune.modules import CompactMLP as CompactMLP, SinkPrunedAttention as SinkPrunedAttention
+    from sinkprune.planning import PrunePlan as PrunePlan, plan as plan
+    from sinkprune.profiling import SinkProfile as SinkProfile, profile as profile, track as track
+    from sinkprune.repacking import apply as apply, restore as restore
+    from sinkprune.sinks import SinkTracker as SinkTracker
 
 
 def __getattr__(name: str) -> Any:

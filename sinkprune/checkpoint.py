@@ -1,4 +1,5 @@
-"""Loading published checkpoints and ours, and saving dense, masked or compact models. Safetensors only, never pickle."""
+"""Loading published checkpoints and ours, and saving dense, masked or compact models. Safetensors only, never
+pickle."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        source: ``"tiny"`` for the embedded model, or a local folder with ``config.json`` and safetensors: a published
-            checkpoint (sharded with an index, or one file) or one written by ``save``.
+        source: ``"tiny"`` for the embedded model, or a local folder with ``config.json`` and safetensors: a
+            published checkpoint (sharded with an index, or one file) or one written by ``save``.
         device: where the tensors go, straight from the file.
         dtype: floating type of the parameters; None keeps the file's.
 

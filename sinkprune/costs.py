@@ -26,7 +26,7 @@ def layer_sizes(geometry: Geometry, layer: int, kept: LayerPlan | None) -> tuple
 
 
 def model_block_parameters(geometry: Geometry, plan: PrunePlan | None = None) -> int:
-    """Block parameters of the whole model, dense or under ``plan`` (embeddings, norms and LM head not counted)."""
+    """Block parameters of the model, dense or under ``plan``; embeddings, norms and LM head not counted."""
     return sum(
         block_parameters(
             geometry, layer, *layer_sizes(geometry, layer, None if plan is None else plan.layers[layer])
@@ -38,8 +38,8 @@ def model_block_parameters(geometry: Geometry, plan: PrunePlan | None = None) ->
 def step_flops(geometry: Geometry, plan: PrunePlan | None, batch: int, length: int) -> int:
     """Floating-point operations of one forward: projections, attention core, MLP and LM head of every row.
 
-    A multiply-add counts as two. Norms, RoPE and softmax are left out: they grow with the same sizes and are under
-    2 % of a block.
+    A multiply-add counts as two. Norms, RoPE and softmax are left out: they grow with the same sizes and are
+    under 2 % of a block.
     """
     rows = batch * length
     total = 2 * rows * geometry.hidden * geometry.vocabulary
@@ -51,7 +51,7 @@ def step_flops(geometry: Geometry, plan: PrunePlan | None, batch: int, length: i
 
 
 def ceiling(model: nn.Module | Geometry, plan: PrunePlan, batch: int = 1, length: int = 1024) -> float:
-    """The most that ``plan`` can speed up a forward of ``[batch, length]``: dense FLOPs over the plan's FLOPs.
+    """The most that ``plan`` can speed up a forward: its dense FLOPs over the plan's FLOPs.
 
     Args:
         model: a live model, or its ``Geometry``.

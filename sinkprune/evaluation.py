@@ -23,7 +23,8 @@ class Quality:
     Attributes:
         nll: Monte Carlo estimate of the bound on -log p(x) / L (arXiv 2502.09992, equation 6).
         nll_se: its standard error over windows.
-        per_window: the estimate of each window; the same windows and masks for every model, so differences pair.
+        per_window: the estimate of each window; the same windows and masks for every model, so differences
+            pair.
         at_level: mean cross entropy of the masked tokens at each of the noise levels t.
         accuracy: share of masked tokens that the argmax gets right, at each noise level.
         tokens: tokens evaluated (windows x length).
@@ -58,9 +59,9 @@ def evaluate(
 ) -> Quality:
     """Estimate ``model``'s quality on ``text``.
 
-    Windows of ``length`` tokens are spread evenly over the text. For the bound, a draw masks exactly l tokens of a
-    window, l uniform in 1..length (stratified over windows and draws), and takes their mean cross entropy; the masks
-    depend on ``seed`` alone, so two models see the same ones.
+    Windows of ``length`` tokens are spread evenly over the text. For the bound, a draw masks exactly l tokens
+    of a window, l uniform in 1..length (stratified over windows and draws), and takes their mean cross
+    entropy; the masks depend on ``seed`` alone, so two models see the same ones.
 
     Args:
         model: native model.
@@ -72,7 +73,8 @@ def evaluate(
         progress: called with the number of forwards just done.
 
     Raises:
-        ValueError: a text shorter than one window, sizes below 1, a length beyond the context, or logits that are NaN.
+        ValueError: a text shorter than one window, sizes below 1, a length beyond the context, or logits that
+            are NaN.
     """
     adapter = adapter_for(model)
     mask_id = adapter.mask_token_id if mask_token_id is None else mask_token_id

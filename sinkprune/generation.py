@@ -1,4 +1,4 @@
-"""LLaDA's sampler: semi-autoregressive blocks, remasking, Gumbel noise, classifier-free guidance, padded batches."""
+"""LLaDA's sampler: semi-autoregressive blocks, remasking, Gumbel noise, guidance, padded batches."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def denoise(
 ) -> Iterator[Tensor]:
     """Fill ``gen_length`` masked tokens after the prompts, one forward a step, and yield the ids after each.
 
-    The published LLaDA sampler (arXiv 2502.09992, algorithms 4 and 5): blocks of ``block_length`` are filled left to
-    right, each in its share of ``steps``; a step commits the masked positions of the block with the largest probability
-    of their drawn token (or random ones). The mask token itself is never drawn.
+    The published LLaDA sampler (arXiv 2502.09992, algorithms 4 and 5): blocks of ``block_length`` are filled
+    left to right, each in its share of ``steps``; a step commits the masked positions of the block with the
+    largest probability of their drawn token (or random ones). The mask token itself is never drawn.
 
     Args:
         model: native model, ``model(input_ids, attention_mask).logits`` ``[B, L, V]``.
@@ -101,7 +101,7 @@ def generate(
 ) -> str | list[str]:
     """Continue ``prompt`` and return the new text (a list for a list of prompts).
 
-    ``options`` are those of ``denoise``. Raises ``ValueError`` for an empty prompt and what ``denoise`` raises.
+    ``options`` are those of ``denoise``. Raises ``ValueError`` for an empty prompt, and what it raises.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     device = next(model.parameters()).device
@@ -110,14 +110,14 @@ def generate(
     stream = denoise(
         model, ids.to(device), attention_mask.to(device), steps=steps, gen_length=gen_length, **options
     )
-    for final in tqdm(stream, total=steps, desc="generating", disable=not progress):
-        pass
+    for ids_now in tqdm(stream, total=steps, desc="generating", disable=not progress):
+        final = ids_now
     texts = [_decode(tokenizer, row[ids.shape[1] :].tolist()) for row in final]
     return texts[0] if isinstance(prompt, str) else texts
 
 
 def encode_prompts(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Left-padded ids and attention mask, each int64 ``[B, P]``. Raises ``ValueError`` for no or empty prompts."""
+    """Left-padded ids and attention mask, int64 ``[B, P]`` each. Raises ``ValueError`` for an empty prompt."""
     if tokenizer is None:
         raise ValueError("text prompts need a tokenizer")
     if not prompts:
@@ -158,7 +158,7 @@ def _prepare(
     blocks = gen_length // block
     if steps < blocks or steps % blocks or steps > gen_length:
         raise ValueError(
-            f"steps must be a multiple of the {blocks} block(s) and at most gen_length={gen_length}, got {steps}"
+            f"steps must be a multiple of the {blocks} blocks and at most gen_length={gen_length}, got {steps}"
         )
     if remasking not in REMASKING:
         raise ValueError(f"remasking must be one of {REMASKING}, got {remasking!r}")
@@ -169,7 +169,8 @@ def _prepare(
     total, context = prompt_ids.shape[1] + gen_length, adapter.geometry().context
     if total > context:
         raise ValueError(
-            f"prompt of {prompt_ids.shape[1]} and gen_length of {gen_length} tokens exceed the context of {context}"
+            f"prompt of {prompt_ids.shape[1]} and gen_length of {gen_length} tokens exceed the context of "
+            f"{context}"
         )
     canvas = prompt_ids.new_full((prompt_ids.shape[0], gen_length), mask_id)
     valid = None if attention_mask is None else torch.cat((attention_mask, torch.ones_like(canvas)), dim=1)

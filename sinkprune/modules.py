@@ -31,8 +31,8 @@ class SinkPrunedAttention(nn.Module):
     """Self-attention with only the kept heads, on a fused query/key/value projection.
 
     Args:
-        qkv_weight: ``[(n + 2 m) * head_dim, hidden]``: rows of the n kept query heads, then of their m key heads,
-            then of their m value heads.
+        qkv_weight: ``[(n + 2 m) * head_dim, hidden]``: rows of the n kept query heads, then of their m key
+            heads, then of their m value heads.
         o_weight: ``[hidden, n * head_dim]``.
         head_dim: features of a head.
         kept_heads: the n original ids of the query heads, sorted.
@@ -65,7 +65,8 @@ class SinkPrunedAttention(nn.Module):
         if qkv_weight.shape[0] != rows or o_weight.shape[1] != self.num_heads * head_dim:
             raise ValueError(
                 f"{self.num_heads} query and {self.num_kv_heads} key/value heads of {head_dim} features need "
-                f"{rows} rows and {self.num_heads * head_dim} columns, got {qkv_weight.shape[0]} and {o_weight.shape[1]}"
+                f"{rows} rows and {self.num_heads * head_dim} columns, got {qkv_weight.shape[0]} and "
+                f"{o_weight.shape[1]}"
             )
         self.qkv_proj = _linear(qkv_weight, qkv_bias)
         self.o_proj = _linear(o_weight, o_bias)
@@ -75,7 +76,8 @@ class SinkPrunedAttention(nn.Module):
         self.observer: AttentionObserver | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Attend over ``x`` ``[B, L, hidden]``; cos and sin float32 ``[L, rotated]``; mask bool ``[B, L]``, True = valid."""
+        """Attend over ``x`` ``[B, L, hidden]``; cos and sin float32 ``[L, rotated]``; mask bool ``[B, L]``,
+        True = valid."""
         if self.num_heads == 0:
             return self.o_proj(x.new_zeros(*x.shape[:-1], 0))
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -68,7 +68,8 @@ class PrunePlan:
         """Raises ``ValueError`` where ``values`` is not a plan of this schema."""
         if values.get("kind") != "prune_plan" or values.get("schema") != SCHEMA:
             raise ValueError(
-                f"expected a prune plan of schema {SCHEMA}, got kind={values.get('kind')!r}, schema={values.get('schema')!r}"
+                f"expected a prune plan of schema {SCHEMA}, got kind={values.get('kind')!r} of schema "
+                f"{values.get('schema')!r}"
             )
         try:
             known = {k: v for k, v in values.items() if k not in ("schema", "kind")}
@@ -135,15 +136,18 @@ def plan(
         criterion: a registered name, or a criterion with its settings.
         ratio: share to remove, in [0, 1).
         unit: what ``ratio`` is a share of: ``"heads"`` (query heads) or ``"parameters"`` (block parameters).
-        targets: with ``unit="parameters"``: ``"heads"``, ``"mlp"`` or both (each gives the same share of what it has).
-        allocation: ``"global"`` ranks all layers' heads together, ``"uniform"`` takes the same share of each layer.
+        targets: with ``unit="parameters"``: ``"heads"``, ``"mlp"`` or both, each giving the same share of its
+            own.
+        allocation: ``"global"`` ranks all layers' heads together, ``"uniform"`` takes the same share of each
+            layer.
         whole_groups: remove query heads only together with the key/value head they share.
-        min_heads: fewest query heads (or groups, with ``whole_groups``) a layer keeps; 0 allows to empty layers.
+        min_heads: fewest query heads (or groups, with ``whole_groups``) a layer keeps; 0 allows to empty
+            layers.
         seed: for criteria that draw.
 
     Raises:
-        ValueError: an argument out of range, a ratio out of reach (the message says the maximum), or a profile of
-            another model.
+        ValueError: an argument out of range, a ratio out of reach (the message says the maximum), or a
+            profile of another model.
     """
     adapter = adapter_for(model)
     geometry = adapter.geometry()
@@ -161,8 +165,8 @@ def plan(
         reachable = sum(sum(len(u.heads) for u in layer[: max(0, len(layer) - min_heads)]) for layer in units)
         if budget > reachable:
             raise ValueError(
-                f"ratio {ratio} is out of reach: at most {reachable / sum(geometry.heads):.3f} of the heads can go"
-                f" while every layer keeps {min_heads}"
+                f"ratio {ratio} is out of reach: at most {reachable / sum(geometry.heads):.3f} of the heads can "
+                f"go while every layer keeps {min_heads}"
             )
         kept = _remove_heads(geometry, units, budget, allocation, min_heads, by_parameters=False)
         channels: list[list[int] | None] = [None] * geometry.num_layers
@@ -277,7 +281,8 @@ def _remove_parameters(
     allocation: str,
     min_heads: int,
 ) -> tuple[list[list[int]], list[list[int] | None]]:
-    """Heads and channels whose removal takes ``ratio`` of the block parameters, each target giving the same share."""
+    """Heads and channels whose removal takes ``ratio`` of the block parameters, each target giving the same
+    share."""
     geometry = adapter.geometry()
     total = model_block_parameters(geometry)
     fewest = _remove_heads(geometry, units, float("inf"), allocation, min_heads, by_parameters=True)

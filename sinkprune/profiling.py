@@ -1,4 +1,5 @@
-"""Where sinks form while a model denoises: ``track`` any loop, or ``profile`` real trajectories into a ``SinkProfile``."""
+"""Where sinks form while a model denoises: ``track`` any loop, or ``profile`` real trajectories into a
+``SinkProfile``."""
 
 from __future__ import annotations
 
@@ -36,14 +37,16 @@ class SinkProfile:
     | name | meaning (over the counted steps of a trajectory) |
     |---|---|
     | ``steps_counted`` | steps on which the head had a sink |
-    | ``position_mean``, ``position_variance``, ``position_range`` | of the sink position, in tokens (tokens², tokens) |
+    | ``position_mean``, ``position_variance``, ``position_range`` | of the sink position, in tokens (tokens²,
+    tokens) |
     | ``moves``, ``mean_move`` | number of moves; mean of the absolute move, zero moves included, in tokens |
-    | ``mass``, ``margin``, ``fair_shares`` | means of the sink mass, of its lead over the runner-up, of mass x valid keys |
+    | ``mass``, ``margin``, ``fair_shares`` | means of the sink mass, of its lead over the runner-up, of mass
+    x valid keys |
     | ``gated_…`` | the same position statistics over the steps on which the sink stands out (``gate``) |
 
-    Entries of heads that a layer does not have, or of trajectories without a counted step, are NaN in the means and 0
-    in the counts. ``trace_positions`` int16 and ``trace_mass`` float16, ``[steps, L, H]``, are those of the first
-    sample (-1 = no sink).
+    Entries of heads that a layer does not have, or of trajectories without a counted step, are NaN in the
+    means and 0 in the counts. ``trace_positions`` int16 and ``trace_mass`` float16, ``[steps, L, H]``, are
+    those of the first sample (-1 = no sink).
     """
 
     geometry: Geometry
@@ -64,11 +67,13 @@ class SinkProfile:
         return self.statistics["moves"].shape[1]
 
     def head_mean(self, name: str) -> Tensor:
-        """A statistic averaged over samples: float32 ``[L, H]``; samples without a counted step do not count."""
+        """A statistic averaged over samples: float32 ``[L, H]``; samples without a counted step do not
+        count."""
         return self.statistics[name].nanmean(1).nan_to_num(0.0)
 
     def moving_share(self, *, further_than: float = FAR, gated: bool = False) -> float:
-        """Share of heads whose sink moves further than ``further_than`` positions: its range, mean over samples.
+        """Share of heads whose sink moves further than ``further_than`` positions: its range, mean over
+            samples.
 
         Gated, a head that never has a sink that stands out does not move.
         """
@@ -154,7 +159,8 @@ class SinkProfile:
 
 
 class ModelTracker:
-    """The ``SinkTracker`` of a model inside ``track``: made at the first forward, when the batch size is known.
+    """The ``SinkTracker`` of a model inside ``track``: made at the first forward, when the batch size is
+        known.
 
     Every forward of the model is one step.
     """
@@ -255,13 +261,15 @@ def track(
 
     Args:
         model: of a known family, dense, masked or compact.
-        samples: leading rows of the batch to follow (under classifier-free guidance: the conditional half); None = all.
+        samples: leading rows of the batch to follow (under classifier-free guidance: the conditional half);
+            None = all.
         every: look at every ``every``-th forward only.
         gate: when a sink counts as standing out.
         trace, max_steps: also keep each step's positions and masses.
 
     Raises:
-        RuntimeError: the model is being tracked already, or is compiled (hooks added after compilation never fire).
+        RuntimeError: the model is being tracked already, or is compiled (hooks added after compilation never
+            fire).
     """
     if hasattr(model, "_orig_mod"):
         raise RuntimeError("the model is compiled: track the original model first, then compile it")

@@ -17,13 +17,14 @@ def apply(model: nn.Module, plan: PrunePlan, mode: str = "compact", *, low_memor
     Args:
         model: a dense model of the plan's geometry and fingerprint.
         plan: what to keep.
-        mode: ``"compact"`` makes the matrices smaller; ``"mask"`` skips heads and channels with the weights as they
-            are, and ``restore`` undoes it.
-        low_memory: replace layer by layer, so that the peak is one layer's projections more than the model. A failure
-            half-way then leaves the model part compact; without it, the model is as it was.
+        mode: ``"compact"`` makes the matrices smaller; ``"mask"`` skips heads and channels with the weights
+            as they are, and ``restore`` undoes it.
+        low_memory: replace layer by layer, so that the peak is one layer's projections more than the model. A
+            failure half-way then leaves the model part compact; without it, the model is as it was.
 
     Raises:
-        ValueError: a model that is pruned already, a plan for another model, or a layer that can't be compacted.
+        ValueError: a model that is pruned already, a plan for another model, or a layer that can't be
+            compacted.
     """
     adapter = adapter_for(model)
     if mode not in ("compact", "mask"):

@@ -29,7 +29,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: ``[B, H, L, D]``.
-        cos, sin: float32, broadcastable to ``[B, H, L, R]`` with ``R <= D``; features from ``R`` on pass through.
+        cos, sin: float32, broadcastable to ``[B, H, L, R]`` with ``R <= D``; features from ``R`` on pass
+            through.
     """
     rotated = cos.shape[-1]
     part = x[..., :rotated].float()

@@ -24,8 +24,8 @@ def interleaved(
     """Time ``calls`` turn by turn in one process.
 
     Returns:
-        ``(timings, ratios)``: per name its ``Timing``, and the median over rounds of the first call's time over its own
-        (a ratio within a round cancels what slows the machine for longer than a round).
+        ``(timings, ratios)``: per name its ``Timing``, and the median over rounds of the first call's time
+        over its own (a ratio within a round cancels what slows the machine for longer than a round).
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -35,7 +35,7 @@ def interleaved(
             call()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(repeats):
-        names = list(calls) if round_ % 2 == 0 else list(reversed(calls))
+        names = list(calls) if round_ % 2 == 0 else list(calls)[::-1]
         for name in names:
             wait()
             start = time.perf_counter()

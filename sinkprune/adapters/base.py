@@ -1,7 +1,7 @@
 """What the rest of the package needs to know of a model family, and the registry of families.
 
-An adapter reads a live model by its structure and puts compact modules in place. One family is one file in this folder
-that defines an ``Adapter`` and registers it; nothing else changes.
+An adapter reads a live model by its structure and puts compact modules in place. One family is one file in
+this folder that defines an ``Adapter`` and registers it; nothing else changes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Geometry:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Adapter(ABC):
 
     @abstractmethod
     def install(self, layer: int, attention: nn.Module | None, mlp: nn.Module | None) -> None:
-        """Put compact modules in place of the layer's projections, dropping the dense tensors they replace."""
+        """Put compact modules in place of the layer's projections, dropping the dense tensors they
+        replace."""
 
     @abstractmethod
     def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
@@ -142,7 +144,8 @@ class Adapter(ABC):
     def fingerprint(self) -> str:
         """A hash of tensor names, shapes and strided samples of their values.
 
-        Values are rounded to bfloat16 first, so one checkpoint loaded as float32 or bfloat16 has one fingerprint.
+        Values are rounded to bfloat16 first, so one checkpoint loaded as float32 or bfloat16 has one
+        fingerprint.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):

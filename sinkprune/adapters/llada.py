@@ -16,6 +16,7 @@ from sinkprune.adapters.base import (
     register_adapter,
 )
 from sinkprune.models.llada import LLaDA, LLaDABlock
+from sinkprune.modules import SinkPrunedAttention
 
 
 @register_adapter
@@ -79,7 +80,7 @@ class NativeLLaDA(Adapter):
     def observe(self, observer: LayerObserver | None) -> None:
         for layer in range(self.model.config.n_layers):
             block = self._block(layer)
-            target = block if block.attention is None else block.attention
+            target = block if block.attention is None else cast(SinkPrunedAttention, block.attention)
             target.observer = None if observer is None else partial(observer, layer)
 
     def observed(self) -> bool:

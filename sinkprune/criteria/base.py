@@ -1,4 +1,5 @@
-"""A criterion scores heads: ``[layers, heads]``, higher = keep. One criterion is one file that registers itself."""
+"""A criterion scores heads: ``[layers, heads]``, higher = keep. One criterion is one file that registers
+itself."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class HeadCriterion(ABC):
 
     @abstractmethod
     def score(self, adapter: Adapter, profile: SinkProfile | None, seed: int) -> Tensor:
-        """Scores float32 ``[layers, most heads of a layer]``, higher = keep; entries past a layer's heads are ignored.
+        """Scores float32 ``[layers, most heads of a layer]``, higher = keep; entries past a layer's heads are
+        ignored.
 
         ``profile`` is there where ``needs_profile`` says so; ``seed`` is for criteria that draw.
         """

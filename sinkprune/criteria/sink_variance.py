@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class SinkVariance(HeadCriterion):
     """Minus the variance over steps of the sink position, mean over samples (arXiv 2602.17664, section 3).
 
-    A diffuse head has an argmax that wanders though nothing stands out; ungated, as in the paper, it counts as
-    unstable. ``gated=True`` counts only the steps on which the sink stands out.
+    A diffuse head has an argmax that wanders though nothing stands out; ungated, as in the paper, it counts
+    as unstable. ``gated=True`` counts only the steps on which the sink stands out.
     """
 
     name: ClassVar[str] = "sink_variance"

@@ -1,15 +1,17 @@
 """LLaDA, native: the published architecture with the published tensor names and configuration keys.
 
-A bidirectional Llama-like transformer (RMSNorm, rotate-half RoPE in float32, SwiGLU, no biases by default, optional
-grouped key/value heads, optional full-width qk-norm) that predicts every masked token of a sequence at once.
-Source: "Large Language Diffusion Models" (arXiv 2502.09992) and the configuration files of LLaDA-8B and LLaDA-1.5.
+A bidirectional Llama-like transformer (RMSNorm, rotate-half RoPE in float32, SwiGLU, no biases by default,
+optional grouped key/value heads, optional full-width qk-norm) that predicts every masked token of a sequence
+at once.
+Source: "Large Language Diffusion Models" (arXiv 2502.09992) and the configuration files of LLaDA-8B and
+LLaDA-1.5.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,8 @@ MODEL_TYPE = "llada"
 
 @dataclass
 class LLaDAConfig:
-    """The keys of a published LLaDA ``config.json`` that shape the computation; the others are kept in ``extra``."""
+    """The keys of a published LLaDA ``config.json`` that shape the computation; the others are kept in
+    ``extra``."""
 
     d_model: int
     n_heads: int
@@ -50,13 +53,14 @@ class LLaDAConfig:
 
     # Keys whose other published values name architectures that this module does not compute.
     _FIXED = {
-        "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True, "alibi": False,
-        "rope_full_precision": True, "input_emb_norm": False, "bias_for_layer_norm": False, "layer_norm_with_affine": True,
+        "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True, "alibi":
+        False, "rope_full_precision": True, "input_emb_norm": False, "bias_for_layer_norm": False,
+            "layer_norm_with_affine": True,
     }  # fmt: skip
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> LLaDAConfig:
-        """Read a parsed ``config.json``. Raises ``ValueError`` naming the key that is missing or not supported."""
+        """Read a parsed ``config.json``. Raises ``ValueError`` naming the key that does not fit."""
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         for key in ("d_model", "n_heads", "n_layers", "vocab_size"):
             if not isinstance(config.get(key), int) or config[key] < 1:
@@ -68,8 +72,8 @@ class LLaDAConfig:
         result = cls(**known, extra={key: value for key, value in config.items() if key not in names})
         if result.d_model % result.n_heads or result.n_heads % result.kv_heads or result.head_dim % 2:
             raise ValueError(
-                "LLaDA config: d_model must be an even multiple of n_heads and n_heads a multiple of n_kv_heads, got "
-                f"d_model={result.d_model}, n_heads={result.n_heads}, n_kv_heads={result.kv_heads}"
+                "LLaDA config: d_model must be an even multiple of n_heads and n_heads a multiple of n_kv_heads, "
+                f"got d_model={result.d_model}, n_heads={result.n_heads}, n_kv_heads={result.kv_heads}"
             )
         return result
 
@@ -110,10 +114,12 @@ class RMSNorm(nn.Module):
 
 
 class LLaDABlock(nn.Module):
-    """One transformer block. It has no attention module: the projections are its own, as in the published tree.
+    """One transformer block. It has no attention module: the projections are its own, as in the published
+        tree.
 
-    ``kept_heads`` (an int tensor or None for all) skips heads with the weights left as they are; ``attention`` and
-    ``mlp``, where set, are the compact modules that replaced the block's projections; ``observer`` sees every call.
+    ``kept_heads`` (an int tensor or None for all) skips heads with the weights left as they are;
+    ``attention`` and ``mlp``, where set, are the compact modules that replaced the block's projections;
+    ``observer`` sees every call.
     """
 
     def __init__(self, config: LLaDAConfig) -> None:
@@ -195,12 +201,16 @@ class LLaDA(nn.Module):
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @property
+    def _transformer(self) -> nn.ModuleDict:
+        return cast(nn.ModuleDict, self.model["transformer"])
+
+    @property
     def blocks(self) -> nn.ModuleList:
-        return self.model["transformer"]["blocks"]
+        return cast(nn.ModuleList, self._transformer["blocks"])
 
     @property
     def device(self) -> torch.device:
-        return self.model["transformer"]["wte"].weight.device
+        return next(self.parameters()).device
 
     def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """``(cos, sin)`` float32 ``[length, head_dim]``, cached up to the longest length seen."""
@@ -211,7 +221,8 @@ class LLaDA(nn.Module):
         return cos[:length], sin[:length]
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Final normed hidden states ``[B, L, d_model]`` for ids ``[B, L]``; the mask is 1 at valid tokens."""
+        """Final normed hidden states ``[B, L, d_model]`` for ids ``[B, L]``; the mask is 1 at valid
+        tokens."""
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids must have shape [B, L] with L >= 1, got {tuple(input_ids.shape)}")
         if input_ids.shape[1] > self.config.max_sequence_length:
@@ -224,14 +235,14 @@ class LLaDA(nn.Module):
             )
         key_padding_mask = None if attention_mask is None else attention_mask.bool()
         cos, sin = self.rotary(input_ids.shape[1], input_ids.device)
-        x = self.model["transformer"]["wte"](input_ids)
+        x = self._transformer["wte"](input_ids)
         for block in self.blocks:
             x = block(x, cos, sin, key_padding_mask)
-        return self.model["transformer"]["ln_f"](x)
+        return self._transformer["ln_f"](x)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden states ``[..., d_model]``."""
-        transformer = self.model["transformer"]
+        transformer = self._transformer
         logits = (
             F.linear(hidden, transformer["wte"].weight)
             if self.config.weight_tying
