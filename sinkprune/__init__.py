@@ -38,14 +38,21 @@ __all__ = ["__version__", "ops", *sorted(_HOMES)]
 if TYPE_CHECKING:
     from sinkprune import ops as ops
     from sinkprune.adapters import adapter_for as adapter_for
-    from sinkprune.checkpoint import load as load, save as save
+    from sinkprune.checkpoint import load as load
+    from sinkprune.checkpoint import save as save
     from sinkprune.costs import ceiling as ceiling
     from sinkprune.evaluation import evaluate as evaluate
-    from sinkprune.generation import denoise as denoise, generate as generate
-    from sinkprune.modules import CompactMLP as CompactMLP, SinkPrunedAttention as SinkPrunedAttention
-    from sinkprune.planning import PrunePlan as PrunePlan, plan as plan
-    from sinkprune.profiling import SinkProfile as SinkProfile, profile as profile, track as track
-    from sinkprune.repacking import apply as apply, restore as restore
+    from sinkprune.generation import denoise as denoise
+    from sinkprune.generation import generate as generate
+    from sinkprune.modules import CompactMLP as CompactMLP
+    from sinkprune.modules import SinkPrunedAttention as SinkPrunedAttention
+    from sinkprune.planning import PrunePlan as PrunePlan
+    from sinkprune.planning import plan as plan
+    from sinkprune.profiling import SinkProfile as SinkProfile
+    from sinkprune.profiling import profile as profile
+    from sinkprune.profiling import track as track
+    from sinkprune.repacking import apply as apply
+    from sinkprune.repacking import restore as restore
     from sinkprune.sinks import SinkTracker as SinkTracker
 
 

@@ -165,8 +165,8 @@ def plan(
         reachable = sum(sum(len(u.heads) for u in layer[: max(0, len(layer) - min_heads)]) for layer in units)
         if budget > reachable:
             raise ValueError(
-                f"ratio {ratio} is out of reach: at most {reachable / sum(geometry.heads):.3f} of the heads can "
-                f"go while every layer keeps {min_heads}"
+                f"ratio {ratio} is out of reach: at most {reachable / sum(geometry.heads):.3f} of the heads "
+                f"can go while every layer keeps {min_heads}"
             )
         kept = _remove_heads(geometry, units, budget, allocation, min_heads, by_parameters=False)
         channels: list[list[int] | None] = [None] * geometry.num_layers

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class LLaDAConfig:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     # Keys whose other published values name architectures that this module does not compute.
-    _FIXED = {
+    _FIXED: ClassVar[dict[str, Any]] = {
         "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True, "alibi":
         False, "rope_full_precision": True, "input_emb_norm": False, "bias_for_layer_norm": False,
             "layer_norm_with_affine": True,
@@ -72,8 +72,8 @@ class LLaDAConfig:
         result = cls(**known, extra={key: value for key, value in config.items() if key not in names})
         if result.d_model % result.n_heads or result.n_heads % result.kv_heads or result.head_dim % 2:
             raise ValueError(
-                "LLaDA config: d_model must be an even multiple of n_heads and n_heads a multiple of n_kv_heads, "
-                f"got d_model={result.d_model}, n_heads={result.n_heads}, n_kv_heads={result.kv_heads}"
+                "LLaDA config: d_model must be an even multiple of n_heads and n_heads a multiple of "
+                f"n_kv_heads, got d_model={result.d_model}, n_heads={result.n_heads}, n_kv_heads={result.kv_heads}"
             )
         return result
 
@@ -244,7 +244,7 @@ class LLaDA(nn.Module):
         """Vocabulary logits of hidden states ``[..., d_model]``."""
         transformer = self._transformer
         logits = (
-            F.linear(hidden, transformer["wte"].weight)
+            F.linear(hidden, cast(nn.Embedding, transformer["wte"]).weight)
             if self.config.weight_tying
             else transformer["ff_out"](hidden)
         )
