@@ -1,6 +1,8 @@
-"""The specification: each kernel's meaning in plain PyTorch, at the precision of its inputs (float64 included).
+"""The specification: each kernel's meaning in plain PyTorch, at the precision of its inputs (float64
+included).
 
-These twins form whole score matrices and are for tests and for tiny inputs; `sinkprune.ops` holds the fast paths.
+These twins form whole score matrices and are for tests and for tiny inputs; `sinkprune.ops` holds the fast
+paths.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ def visible_keys(
 ) -> Tensor | None:
     """Which keys each query may see: bool ``[B or 1, Lq or 1, Lk or 1]``, or None if it is all of them.
 
-    A padded key is seen by nobody, a query at position -1 sees nothing, and with ``block_size`` a query sees the
-    keys whose position's block is not later than its own.
+    A padded key is seen by nobody, a query at position -1 sees nothing, and with ``block_size`` a query
+    sees the keys whose position's block is not later than its own.
     """
     seen: Tensor | None = None
     if key_padding_mask is not None:
@@ -137,8 +139,8 @@ def column_mass(
     return mass.new_zeros(b, hq, k.shape[2]).index_copy(1, heads, mass)
 
 
-# Columns of the state row that `sink_update` keeps per (layer, sample, head). A row is 32 floats: one cache line.
-# Two runs of eight position columns, over the steps with a sink and over those whose sink stands out:
+# Columns of the state row that `sink_update` keeps per (layer, sample, head). A row is 32 floats: one cache
+# line. Two runs of eight position columns, over the steps with a sink and over those whose sink stands out:
 # count, mean, sum of squared deviations, minimum, maximum, last, number of moves, sum of |move|.
 COUNT, GATED = 0, 8
 MASS_MEAN, MASS_M2, MARGIN_SUM, SHARE_SUM, GATED_MASS_SUM, STEPS = 16, 17, 18, 19, 20, 21
@@ -154,18 +156,20 @@ def sink_update_(
     gate_share: float = 0.0,
     gate_sigma: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Fold one step's column mass into the running statistics, in place; returns ``(position, mass)`` of the step.
+    """Fold one step's column mass into the running statistics, in place; returns ``(position, mass)`` of
+    the step.
 
     Args:
         mass: ``[R, K]``, a row per (layer, sample, head).
         state: ``[R, STATE_WIDTH]`` float, zeros at the start; columns as named in this module.
         valid: bool ``[R, K]``: keys that are not padded. None = all of the first ``num_keys``.
         num_keys: leading columns in use; None = all.
-        gate_share, gate_sigma: the sink stands out when its mass is at least ``gate_share`` fair shares (1 / valid
-            keys) and exceeds mean + ``gate_sigma`` standard deviations of the mass over the valid keys.
+        gate_share, gate_sigma: the sink stands out when its mass is at least ``gate_share`` fair shares (1
+            / valid keys) and exceeds mean + ``gate_sigma`` standard deviations of the mass over the valid
+            keys.
 
-    A row with a NaN or an infinity among its valid keys, or with no positive mass, has position -1 and changes nothing
-    but the number of steps. Ties go to the lowest index.
+    A row with a NaN or an infinity among its valid keys, or with no positive mass, has position -1 and
+    changes nothing but the number of steps. Ties go to the lowest index.
     """
     rows, keys = mass.shape
     usable = torch.ones_like(mass, dtype=torch.bool) if valid is None else valid.clone()

@@ -1,0 +1,227 @@
+"""Triton: how much attention each key draws, from Q, K and the saved log-sum-exp, without forming N x N anything.
+
+One program holds `BN` keys of one kept head on chip and walks the query rows. Scores are computed transposed,
+``K q^T``, so that the column sum is a sum along a row: each thread adds up its own elements over the whole walk, and
+one reduction at the end joins the threads. No atomics, and a fixed order, so the same inputs give the same bits.
+Twin: `reference.column_mass`.
+
+    grid  x: key tiles        y: kept heads      z: samples x query shares
+           ┌────────── query rows ──────────┐
+     keys  │ BQ │ BQ │ BQ │ ...             │ →  acc[BN, BQ] += 2^(K q^T - lse)  →  sum over BQ / count
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sinkprune.kernels import launch
+from sinkprune.kernels.attention import attention, head_of, kv_of, load_tile, split_head_dim
+from sinkprune.kernels.launch import Tile
+
+LENGTHS = ["lq", "lk", "hq", "hkv", "n_shares", "block_size", "sample"]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def column_mass_kernel(
+    q, k, lse, out, counts, kept_heads, kv_head_of, padding, query_positions, key_positions, offset,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_lb, stride_lh, stride_ll,
+    stride_ob, stride_oh, stride_os, stride_pb, stride_qpb, stride_kpb,
+    lq, lk, hq, hkv, n_shares, block_size, sample, scale_log2,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
+    KEPT: tl.constexpr, MAPPED: tl.constexpr, SAMPLED: tl.constexpr, OFFSET: tl.constexpr,
+    SPLIT: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, QUERY_POSITIONS: tl.constexpr,
+    KEY_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_n = tl.program_id(0) * BN
+    slot = tl.program_id(1)
+    i_z = tl.program_id(2)
+    i_b = (i_z // n_shares).to(tl.int64)
+    i_s = i_z % n_shares
+    i_h = head_of(slot, kept_heads, KEPT)
+    if (i_h < 0) | (i_h >= hq):
+        return
+    i_kv = kv_of(i_h, kv_head_of, hq, hkv, MAPPED)
+    if (i_kv < 0) | (i_kv >= hkv):
+        return
+
+    o_n = i_n + tl.arange(0, BN)
+    m_n = o_n < lk
+    o_d1 = tl.arange(0, D1)
+    p_k = k + i_b * stride_kb + i_kv * stride_kh + (o_n.to(tl.int64) * stride_kl)[:, None]
+    b_k1 = load_tile(p_k + o_d1[None, :], m_n, o_d1 < D, True, D1 > D)  # [BN, D1], stays on chip
+    b_k2 = b_k1
+    if D2 > 0:
+        o_d2 = D1 + tl.arange(0, D2)
+        b_k2 = load_tile(p_k + o_d2[None, :], m_n, o_d2 < D, True, D1 + D2 > D)
+    k_block = o_n
+    if CAUSAL:
+        k_position = o_n
+        if KEY_POSITIONS:
+            k_position = tl.load(key_positions + i_b * stride_kpb + o_n, mask=m_n, other=0).to(tl.int32)
+        k_block = k_position // block_size
+
+    # The rows walked are start, start + step, ...: n_rows of them, shared out over the query shares.
+    start = 0
+    step = 1
+    n_rows = lq
+    if SAMPLED:
+        step = sample
+        if OFFSET:
+            usable = tl.minimum(sample, lq)
+            start = (tl.load(offset) % usable).to(tl.int32)
+            start = tl.where(start < 0, start + usable, start)
+        n_rows = tl.cdiv(lq - start, sample)
+    lo = 0
+    hi = n_rows
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(n_rows, BQ), n_shares) * BQ
+        lo = i_s * share
+        hi = tl.minimum(n_rows, lo + share)
+    p_q = q + i_b * stride_qb + i_h * stride_qh
+    p_lse = lse + i_b * stride_lb + i_h * stride_lh
+    acc = tl.zeros([BN, BQ], tl.float32)
+    counted = tl.zeros([BQ], tl.float32)
+    if CAUSAL and not (QUERY_POSITIONS or KEY_POSITIONS or SAMPLED):
+        # No query of an earlier block sees these keys: such rows are counted, not computed.
+        skip = tl.minimum(i_n // block_size * block_size, hi)
+        skip = lo + tl.maximum(skip - lo, 0) // BQ * BQ
+        for i_t in tl.range(lo, skip, BQ):
+            b_lse = tl.load(p_lse + (i_t + tl.arange(0, BQ)).to(tl.int64) * stride_ll)
+            counted += tl.where(tl.abs(b_lse) == float("inf"), 0.0, 1.0)
+        lo = skip
+    for i_t in tl.range(lo, hi, BQ):
+        o_t = i_t + tl.arange(0, BQ)
+        m_q = o_t < hi
+        o_q = start + o_t * step
+        q_position = o_q
+        if QUERY_POSITIONS:
+            q_position = tl.load(query_positions + i_b * stride_qpb + o_q, mask=m_q, other=-1).to(tl.int32)
+            m_q = q_position >= 0  # a padded query may hold NaN: it is not loaded
+        o_q = o_q.to(tl.int64)
+        b_lse = tl.load(p_lse + o_q * stride_ll, mask=m_q, other=float("inf"))
+        b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)  # FlashAttention-3's empty rows
+        p_rows = p_q + (o_q * stride_ql)[:, None]
+        b_q1 = load_tile(p_rows + o_d1[None, :], m_q, o_d1 < D, True, D1 > D)  # [BQ, D1]
+        s = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)  # [BN, BQ]
+        if D2 > 0:
+            b_q2 = load_tile(p_rows + o_d2[None, :], m_q, o_d2 < D, True, D1 + D2 > D)
+            s = tl.dot(b_k2, tl.trans(b_q2), s, input_precision=PRECISION)
+        p = tl.math.exp2(s * scale_log2 - b_lse[None, :])  # an empty row: 2^(s - inf) = 0
+        if CAUSAL:
+            p = tl.where(k_block[:, None] <= (q_position // block_size)[None, :], p, 0.0)
+        acc += p
+        counted += tl.where(b_lse == float("inf"), 0.0, 1.0)
+    counted_rows = tl.sum(counted, 0)
+    total = tl.sum(acc, 1)  # [BN]
+    if PADDED:
+        valid = tl.load(padding + i_b * stride_pb + o_n, mask=m_n, other=0) != 0
+        total = tl.where(valid, total, 0.0)
+    if SPLIT:
+        p_out = out + i_s.to(tl.int64) * stride_os + i_b * stride_ob + slot.to(tl.int64) * stride_oh
+        tl.store(p_out + o_n, total, mask=m_n)
+        if i_n == 0:
+            n_heads = tl.num_programs(1).to(tl.int64)
+            n_samples = tl.num_programs(2) // n_shares
+            tl.store(counts + (i_s * n_samples + i_b) * n_heads + slot, counted_rows)
+    else:
+        p_out = out + i_b * stride_ob + i_h * stride_oh
+        tl.store(p_out + o_n, total / tl.maximum(counted_rows, 1.0), mask=m_n)
+
+
+@triton.jit(do_not_specialize=["lk", "hq", "n_shares"])
+def join_shares_kernel(
+    partial, counts, out, kept_heads, stride_ob, stride_oh, lk, hq, n_shares,
+    BN: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """Add the query shares in their order and divide by the queries counted."""
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_n = o_n < lk
+    slot = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    h = tl.num_programs(1).to(tl.int64)
+    b = tl.num_programs(2).to(tl.int64)
+    i_h = head_of(slot, kept_heads, KEPT)
+    if (i_h < 0) | (i_h >= hq):
+        return
+    total = tl.zeros([BN], tl.float32)
+    counted = 0.0
+    for i_s in tl.range(0, n_shares):
+        row = (i_s * b + i_b) * h + slot
+        total += tl.load(partial + row * lk + o_n, mask=m_n, other=0.0)
+        counted += tl.load(counts + row)
+    tl.store(out + i_b * stride_ob + i_h * stride_oh + o_n, total / tl.maximum(counted, 1.0), mask=m_n)
+
+
+def column_mass_(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    kept_heads: Tensor | None = None,
+    kv_head_of: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    block_size: int | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    scale: float,
+    sample: int | None = None,
+    offset: Tensor | None = None,
+    tile: Tile | None = None,
+    shares: int | None = None,
+) -> None:
+    """Launch on checked arguments, writing ``out`` ``[B, Hq, >= Lk]``; shapes as in `sinkprune.ops.column_mass`.
+
+    Without ``lse`` it is computed first, by the attention kernel without its output. In ``tile``, ``block_n`` is the
+    keys held and ``block_m`` the query rows per iteration; ``shares`` splits the query walk.
+    """
+    b, hq, lq, d = q.shape
+    hkv, lk = k.shape[1], k.shape[2]
+    h = hq if kept_heads is None else kept_heads.shape[0]
+    if kept_heads is not None or out.shape[2] > lk or 0 in (b, h, lq, lk):
+        out.zero_()
+    if 0 in (b, h, lq, lk):
+        return
+    if lse is None:
+        _, lse = attention(
+            q, k, None, kept_heads=kept_heads, kv_head_of=kv_head_of, key_padding_mask=key_padding_mask,
+            block_size=block_size, query_positions=query_positions, key_positions=key_positions, scale=scale,
+        )  # fmt: skip
+    rows = lq if sample is None else triton.cdiv(lq, sample)
+    if tile is None:
+        tile, chosen = launch.column_mass_tile(q, rows=rows, keys=lk, programs=b * h)
+        shares = chosen if shares is None else shares
+    shares = max(1, min(shares or 1, triton.cdiv(rows, tile.block_m)))
+    split = shares > 1
+    d1, d2 = split_head_dim(d)
+    to, counts, o_strides = out, out, (out.stride(0), out.stride(1), 0)
+    if split:
+        to = torch.empty(shares, b, h, lk, dtype=torch.float32, device=q.device)
+        counts = torch.empty(shares, b, h, dtype=torch.float32, device=q.device)
+        o_strides = (to.stride(1), to.stride(2), to.stride(0))
+    padding = None if key_padding_mask is None else launch.rows_of_bytes(key_padding_mask)
+    query_positions = None if query_positions is None else launch.rows(query_positions)
+    key_positions = None if key_positions is None else launch.rows(key_positions)
+    with launch.on_device(q):
+        column_mass_kernel[(triton.cdiv(lk, tile.block_n), h, b * shares)](
+            q, k, lse, to, counts,
+            *(out if x is None else x
+              for x in (kept_heads, kv_head_of, padding, query_positions, key_positions, offset)),
+            *q.stride()[:3], *k.stride()[:3], *lse.stride(), *o_strides,
+            *(0 if x is None else x.stride(0) for x in (padding, query_positions, key_positions)),
+            lq, lk, hq, hkv, shares, min(block_size or 1, 1 << 29), sample or 1, scale * launch.LOG2E,
+            D=d, D1=d1, D2=d2, BN=tile.block_n, BQ=tile.block_m,
+            KEPT=kept_heads is not None, MAPPED=kv_head_of is not None, SAMPLED=sample is not None,
+            OFFSET=offset is not None, SPLIT=split, PADDED=padding is not None, CAUSAL=block_size is not None,
+            QUERY_POSITIONS=query_positions is not None, KEY_POSITIONS=key_positions is not None,
+            PRECISION="ieee", num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        if split:
+            width = min(1024, triton.next_power_of_2(lk))
+            join_shares_kernel[(triton.cdiv(lk, width), h, b)](
+                to, counts, out, out if kept_heads is None else kept_heads, out.stride(0), out.stride(1),
+                lk, hq, shares, BN=width, KEPT=kept_heads is not None, num_warps=4,
+            )  # fmt: skip

@@ -1,0 +1,169 @@
+"""What a launch needs besides its tensors: the tile, how far to split, the device.
+
+Tiles come from ``configs/<family>.json``, one file per GPU family, listed per kernel, dtype width and head size; among
+the tiles listed for a bucket, the one whose grid fills its last wave best is taken. `overrides` holds what the opt-in
+tuner measured on this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+CONFIGS = Path(__file__).parent / "configs"
+# Key shares or query shares beyond this cost more to join than they win.
+MOST_SHARES = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes and launch options of one kernel, and how many of its blocks one multiprocessor holds at once."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+    blocks_per_sm: int = 1
+    # Time per query row relative to the family's best tile, all waves being full; 1 where nobody measured.
+    cost: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One GPU family: its name, multiprocessors, shared memory per block in bytes, and tiles per kernel and bucket."""
+
+    name: str
+    multiprocessors: int
+    shared_bytes: int
+    tiles: dict[str, dict[str, dict[str, list[Tile]]]]
+
+
+@functools.cache
+def family(name: str) -> Family:
+    """Read ``configs/<name>.json``."""
+    raw = json.loads((CONFIGS / f"{name}.json").read_text())
+    tiles = {
+        kernel: {
+            bits: {head: [Tile(**t) for t in listed] for head, listed in heads.items()}
+            for bits, heads in widths.items()
+        }
+        for kernel, widths in raw["tiles"].items()
+    }
+    return Family(name, raw["multiprocessors"], raw["shared_bytes"], tiles)
+
+
+def families() -> list[str]:
+    """Names of the families with a shipped configuration."""
+    return sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+def family_of(capability: tuple[int, int]) -> str:
+    """The family whose tiles suit a compute capability: a consumer GPU has too little shared memory for sm_80's."""
+    major, minor = capability
+    if major == 9:
+        return "sm_90"
+    if major in (10, 11):
+        return "sm_100"
+    if (major, minor) in ((8, 0), (8, 7)):
+        return "sm_80"
+    return "sm_86"
+
+
+@functools.cache
+def _device_family(index: int) -> tuple[Family, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return family(family_of((properties.major, properties.minor))), properties.multi_processor_count
+
+
+def device_family(device: torch.device) -> tuple[Family, int]:
+    """``(family, multiprocessors)`` of a device; the interpreter on a CPU stands in for an sm_90."""
+    if device.type != "cuda":
+        return family("sm_90"), 1
+    return _device_family(torch.cuda.current_device() if device.index is None else device.index)
+
+
+# (kernel, dtype bits, head class, rows bucket, keys bucket, programs bucket) -> (tile, shares), from the tuner.
+overrides: dict[tuple[str, str, str, int, int, int], tuple[Tile, int]] = {}
+
+
+def bucket(kernel: str, q: Tensor, rows: int, keys: int, programs: int) -> tuple[str, str, str, int, int, int]:
+    """What a tuned choice is filed under: lengths and grid sizes rounded up to powers of two."""
+    up = tuple((max(x, 1) - 1).bit_length() for x in (rows, keys, programs))
+    return kernel, _bits(q), _head_class(q.shape[-1]), up[0], up[1], up[2]
+
+
+def attention_tile(q: Tensor, *, rows: int, keys: int, programs: int) -> tuple[Tile, int]:
+    """``(tile, key shares)`` for ``rows`` queries of ``programs`` = batch x kept heads against ``keys`` keys."""
+    chosen = overrides.get(bucket("attention", q, rows, keys, programs)) if overrides else None
+    if chosen is not None:
+        return chosen
+    known, multiprocessors = device_family(q.device)
+    return choose_tile("attention", known, multiprocessors, _bits(q), q.shape[-1], rows, keys, programs)
+
+
+def column_mass_tile(q: Tensor, *, rows: int, keys: int, programs: int) -> tuple[Tile, int]:
+    """``(tile, query shares)`` for ``keys`` keys of ``programs`` = batch x kept heads, walking ``rows`` queries."""
+    chosen = overrides.get(bucket("column_mass", q, rows, keys, programs)) if overrides else None
+    if chosen is not None:
+        return chosen
+    known, multiprocessors = device_family(q.device)
+    return choose_tile("column_mass", known, multiprocessors, _bits(q), q.shape[-1], keys, rows, programs)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_tile(
+    kernel: str, known: Family, multiprocessors: int, bits: str, head_dim: int, grid_rows: int, walk: int, programs: int
+) -> tuple[Tile, int]:
+    """The listed tile with the cheapest waves, and into how many shares to split its walk so that the GPU fills.
+
+    ``grid_rows`` is what the grid is cut along (queries for attention, keys for column mass), ``walk`` what each
+    program loops over.
+    """
+    along, across = ("block_m", "block_n") if kernel == "attention" else ("block_n", "block_m")
+    best: tuple[float, Tile, int] | None = None
+    for tile in known.tiles[kernel][bits][_head_class(head_dim)]:
+        held, step = getattr(tile, along), getattr(tile, across)
+        blocks = -(-grid_rows // held) * programs
+        at_once = multiprocessors * tile.blocks_per_sm
+        shares = 1
+        if blocks * 2 <= at_once:  # less than half a wave: let several programs share a walk of at least 4 steps each
+            shares = max(1, min(MOST_SHARES, at_once // blocks, walk // (4 * step)))
+        waves = -(-blocks * shares // at_once)
+        steps = -(-walk // (step * shares)) * step
+        cost = waves * held * steps * tile.cost * tile.blocks_per_sm + (0 if shares == 1 else 2 * held * step)
+        if best is None or cost < best[0]:
+            best = (cost, tile, shares)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _bits(q: Tensor) -> str:
+    return "16" if q.element_size() == 2 else "32"
+
+
+def _head_class(head_dim: int) -> str:
+    return next(name for name in ("64", "96", "128", "256") if head_dim <= int(name))
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` ``[B, L]`` with its last dimension contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def rows_of_bytes(mask: Tensor) -> Tensor:
+    """A bool mask as bytes, its last dimension contiguous: Triton has no pointer to bits."""
+    return rows(mask).view(torch.uint8)
