@@ -21,7 +21,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 TORCH_TARGET = (
@@ -33,12 +33,6 @@ SKIPPED = "_C.skipped.txt"
 
 class Skip(Exception):
     """The extension cannot be built here, and why."""
-
-
-def newest_first(version: str) -> int:
-    """``"9.0"`` -> 90, ``"10.0a"`` -> 100."""
-    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
-    return int(major) * 10 + int(minor)
 
 
 def gencode(architectures: str) -> list[str]:
@@ -129,7 +123,8 @@ class BuildNative(build_ext):
         cuda, cuda_reason = find_cuda()
         sanitize = os.environ.get("SINKPRUNE_SANITIZE") == "1"
 
-        flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DNDEBUG"]
+        flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-DNDEBUG"]
+        flags += ["-ffp-contract=fast"]  # a·b + c in one rounding, which ISO mode would forbid
         flags += (
             ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"] if sanitize else ["-O3"]
         )
@@ -239,13 +234,7 @@ def ninja_path(path: Path) -> str:
 
 
 setup(
-    packages=[
-        "sinkprune",
-        "sinkprune.models",
-        "sinkprune.criteria",
-        "sinkprune.adapters",
-        "sinkprune.kernels",
-    ],
+    packages=[*find_packages(include=["sinkprune", "sinkprune.*"]), "sinkprune.kernels"],
     package_dir={"sinkprune": "sinkprune", "sinkprune.kernels": "kernels"},
     package_data={
         "sinkprune": ["assets/**/*", "templates/*", SKIPPED],

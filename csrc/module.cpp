@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "column_mass.h"
+
 #ifndef SINKPRUNE_FLAGS
 #define SINKPRUNE_FLAGS ""
 #endif
@@ -26,6 +28,7 @@ py::dict build_info() {
   info["compiler"] = compiler();
   info["flags"] = SINKPRUNE_FLAGS;
   info["torch_target"] = SINKPRUNE_TORCH_TARGET;
+  info["vectors"] = sinkprune::vector_isa();
   info["sanitized"] = static_cast<bool>(SINKPRUNE_SANITIZED);
 #ifdef SINKPRUNE_CUDA_VERSION
   info["cuda"] = SINKPRUNE_CUDA_VERSION;

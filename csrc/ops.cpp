@@ -5,10 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <limits>
+#include <optional>
 #include <vector>
 
+#include "column_mass.h"
 #include "gather.h"
 
 using torch::headeronly::ScalarType;
@@ -129,11 +131,131 @@ void gather_cpu(std::vector<Tensor> outs, std::vector<Tensor> sources, std::vect
   });
 }
 
+Float float_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Float::f32;
+    case ScalarType::Half:
+      return Float::f16;
+    case ScalarType::BFloat16:
+      return Float::bf16;
+    default:
+      STD_TORCH_CHECK(false, "column_mass_: ", name, " must be float32, float16 or bfloat16");
+  }
+}
+
+// Rows of head h of sample b of a [B, H, L, D] tensor.
+Rows rows_of(const Tensor& t, Float dtype, int64_t b, int64_t h) {
+  const auto size = static_cast<int64_t>(t.element_size());
+  const char* data = static_cast<const char*>(t.const_data_ptr());
+  return {data + (b * t.stride(0) + h * t.stride(1)) * size, t.stride(2) * size, dtype};
+}
+
+void check_per_sample(const std::optional<Tensor>& t, const char* name, ScalarType dtype, int64_t batch, int64_t length) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->scalar_type() == dtype && t->dim() == 2 && t->size(0) == batch && t->size(1) == length &&
+                      t->is_contiguous() && t->is_cpu(),
+                  "column_mass_: ", name, " must be contiguous, of the op's dtype and of shape [", batch, ", ", length,
+                  "]");
+}
+
+template <typename T>
+const T* sample_of(const std::optional<Tensor>& t, int64_t b) {
+  return t ? t->const_data_ptr<T>() + b * t->size(1) : nullptr;
+}
+
+constexpr int64_t kKeysAtOnce = 1024;  // sums and widened keys of one call stay in the L2 cache
+
+void column_mass_cpu(Tensor out, const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& heads,
+                     const Tensor& kv_heads, std::optional<Tensor> key_valid, std::optional<Tensor> query_valid,
+                     std::optional<Tensor> query_block, std::optional<Tensor> key_block, double scale, int64_t first,
+                     int64_t step) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && lse.dim() == 3 && out.dim() == 3,
+                  "column_mass_: q and k must have 4 dimensions, lse and out 3");
+  const int64_t batch = q.size(0), num_heads = q.size(1), queries = q.size(2), dim = q.size(3), keys = k.size(2);
+  const Float q_dtype = float_of(q, "q"), k_dtype = float_of(k, "k");
+  STD_TORCH_CHECK(q_dtype == k_dtype, "column_mass_: q and k must have one dtype");
+  STD_TORCH_CHECK(k.size(0) == batch && k.size(3) == dim, "column_mass_: q and k must agree in batch and head size");
+  STD_TORCH_CHECK(dim <= 1 || (q.stride(3) == 1 && k.stride(3) == 1),
+                  "column_mass_: q and k must have a contiguous last dimension");
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.size(0) == batch && lse.size(1) == num_heads &&
+                      lse.size(2) == queries,
+                  "column_mass_: lse must be float32 [B, Hq, Lq]");
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.size(0) == batch && out.size(1) == num_heads &&
+                      out.size(2) >= keys && (out.size(2) <= 1 || out.stride(2) == 1),
+                  "column_mass_: out must be float32 [B, Hq, at least Lk] with a contiguous last dimension");
+  STD_TORCH_CHECK(q.is_cpu() && k.is_cpu() && lse.is_cpu() && out.is_cpu() && heads.is_cpu() && kv_heads.is_cpu(),
+                  "column_mass_: every tensor must be on the CPU");
+  for (const Tensor* ids : {&heads, &kv_heads}) {
+    STD_TORCH_CHECK(ids->scalar_type() == ScalarType::Long && ids->dim() == 1 && ids->is_contiguous(),
+                    "column_mass_: heads and kv_heads must be contiguous int64 vectors");
+  }
+  STD_TORCH_CHECK(heads.numel() == kv_heads.numel(), "column_mass_: heads and kv_heads must have one length");
+  const int64_t kept = heads.numel();
+  const int64_t *head = heads.const_data_ptr<int64_t>(), *kv_head = kv_heads.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < kept; ++n) {
+    STD_TORCH_CHECK(head[n] >= 0 && head[n] < num_heads && (n == 0 || head[n] > head[n - 1]),
+                    "column_mass_: heads must be sorted, unique and below ", num_heads);
+    STD_TORCH_CHECK(kv_head[n] >= 0 && kv_head[n] < k.size(1), "column_mass_: kv_heads must be below ", k.size(1));
+  }
+  check_per_sample(key_valid, "key_valid", ScalarType::Bool, batch, keys);
+  check_per_sample(query_valid, "query_valid", ScalarType::Bool, batch, queries);
+  check_per_sample(query_block, "query_block", ScalarType::Int, batch, queries);
+  check_per_sample(key_block, "key_block", ScalarType::Int, batch, keys);
+  STD_TORCH_CHECK(query_block.has_value() == key_block.has_value(),
+                  "column_mass_: query_block and key_block go together");
+  STD_TORCH_CHECK(first >= 0 && step >= 1, "column_mass_: first must be >= 0 and step >= 1");
+
+  step = std::min(step, std::max<int64_t>(1, queries));  // so that stepping past the end can't overflow
+  const int64_t width = out.size(2);
+  float* mass = out.mutable_data_ptr<float>();
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t h = 0; h < num_heads; ++h) {
+      float* row = mass + b * out.stride(0) + h * out.stride(1);
+      std::fill(row, row + width, 0.0f);
+    }
+  }
+  if (keys == 0) return;
+
+  // Few heads: their keys are split too, so that every thread has work; the sums do not depend on the split.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = (2 * threads + batch * kept - 1) / std::max<int64_t>(1, batch * kept);
+  const int64_t at_once = std::clamp<int64_t>((keys + wanted - 1) / wanted, std::min<int64_t>(keys, 64), kKeysAtOnce);
+  const int64_t chunks = (keys + at_once - 1) / at_once;
+  torch::stable::parallel_for(0, batch * kept * chunks, 1, [&](int64_t begin, int64_t end) {
+    QueryPanels panels;
+    std::vector<float> scratch;
+    int64_t packed = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / chunks / kept, n = task / chunks % kept, start = task % chunks * at_once;
+      if (packed != task / chunks) {
+        packed = task / chunks;
+        const float* shift = lse.const_data_ptr<float>() + b * lse.stride(0) + head[n] * lse.stride(1);
+        pack_queries(panels, rows_of(q, q_dtype, b, head[n]), dim, queries, first, step, shift, lse.stride(2),
+                     sample_of<bool>(query_valid, b), sample_of<int32_t>(query_block, b));
+      }
+      Rows rows = rows_of(k, k_dtype, b, kv_head[n]);
+      rows.data += start * rows.stride;
+      const bool* valid = sample_of<bool>(key_valid, b);
+      const int32_t* block = sample_of<int32_t>(key_block, b);
+      head_column_mass(mass + b * out.stride(0) + head[n] * out.stride(1) + start, panels, rows, dim,
+                       std::min(at_once, keys - start), static_cast<float>(scale * 1.4426950408889634),
+                       valid ? valid + start : nullptr, block ? block + start : nullptr, scratch);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace sinkprune
 
 STABLE_TORCH_LIBRARY(sinkprune_native, m) {
   m.def("gather_(Tensor(a!)[] outs, Tensor[] sources, Tensor[] ids, int[] pieces, int[] dims) -> ()");
+  m.def(
+      "column_mass_(Tensor(a!) out, Tensor q, Tensor k, Tensor lse, Tensor heads, Tensor kv_heads, Tensor? key_valid, "
+      "Tensor? query_valid, Tensor? query_block, Tensor? key_block, float scale, int first, int step) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sinkprune_native, CPU, m) { m.impl("gather_", TORCH_BOX(&sinkprune::gather_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(sinkprune_native, CPU, m) {
+  m.impl("gather_", TORCH_BOX(&sinkprune::gather_cpu));
+  m.impl("column_mass_", TORCH_BOX(&sinkprune::column_mass_cpu));
+}

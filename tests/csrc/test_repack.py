@@ -1,4 +1,4 @@
-"""Repacking moves bits: every result must equal the PyTorch formulation exactly, in every dtype and layout."""
+"""Repacking moves bits: every result equals the PyTorch formulation exactly, in every dtype and layout."""
 
 import pytest
 import torch
