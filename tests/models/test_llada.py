@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from toys import published_config, published_tensors, straight_forward, write_checkpoint
+from toys import (  # noqa: F401
+    one_thread,
+    published_config,
+    published_tensors,
+    straight_forward,
+    write_checkpoint,
+)
 
 import sinkprune as sp
 from sinkprune.models.llada import LLaDAConfig

@@ -3,6 +3,7 @@
 import json
 import math
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -12,6 +13,15 @@ from sinkprune.models.llada import LLaDA, LLaDAConfig
 from sinkprune.planning import LayerPlan, PrunePlan
 
 MASK = 60  # the mask token of the published toy config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Import this into a module of toy-sized tests: on busy cores, waiting for a second thread is slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def published_config(**changes):
