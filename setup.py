@@ -152,7 +152,7 @@ class BuildNative(build_ext):
         if cuda:
             architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
             nvcc = [str(cuda / "bin" / "nvcc"), "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "--threads", "0"]
-            nvcc += [f"-ccbin={compiler[0]}", "-Xptxas", "-v", *gencode(architectures)]
+            nvcc += [f"-ccbin={compiler[0]}", *gencode(architectures)]
             includes += [f"-isystem{cuda / 'include'}"]
             defines += ["-DSINKPRUNE_WITH_CUDA"]
             told["SINKPRUNE_CUDA_VERSION"] = self.cuda_version(cuda)

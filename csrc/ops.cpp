@@ -13,6 +13,12 @@
 #include "column_mass.h"
 #include "gather.h"
 
+#ifdef SINKPRUNE_WITH_CUDA
+#include "gather_cuda.h"
+// Only a torch with CUDA has this symbol: weak, so that the same binary loads where torch has none.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) __attribute__((weak));
+#endif
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -130,6 +136,26 @@ void gather_cpu(std::vector<Tensor> outs, std::vector<Tensor> sources, std::vect
     }
   });
 }
+
+#ifdef SINKPRUNE_WITH_CUDA
+// The ids are trusted, because reading them would wait for the device: the kernel writes zeros for one out of range.
+void gather_cuda(std::vector<Tensor> outs, std::vector<Tensor> sources, std::vector<Tensor> ids,
+                 std::vector<int64_t> pieces, std::vector<int64_t> dims) {
+  const std::vector<Segment> segments = segments_of(outs, sources, ids, pieces, dims);
+  for (const Tensor& out : outs) {
+    STD_TORCH_CHECK(out.device() == outs[0].device(), "gather_: every out must be on one device");
+  }
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "gather_: this torch has no CUDA");
+  const torch::stable::accelerator::DeviceGuard guard(outs[0].get_device_index());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(outs[0].get_device_index(), &stream));
+  for (size_t i = 0; i < segments.size(); i += kSegmentsPerLaunch) {
+    const int count = static_cast<int>(std::min<size_t>(kSegmentsPerLaunch, segments.size() - i));
+    const cudaError_t error = launch_gather(segments.data() + i, count, static_cast<cudaStream_t>(stream));
+    STD_TORCH_CHECK(error == cudaSuccess, "gather_: ", cudaGetErrorString(error));
+  }
+}
+#endif
 
 Float float_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -259,3 +285,7 @@ STABLE_TORCH_LIBRARY_IMPL(sinkprune_native, CPU, m) {
   m.impl("gather_", TORCH_BOX(&sinkprune::gather_cpu));
   m.impl("column_mass_", TORCH_BOX(&sinkprune::column_mass_cpu));
 }
+
+#ifdef SINKPRUNE_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(sinkprune_native, CUDA, m) { m.impl("gather_", TORCH_BOX(&sinkprune::gather_cuda)); }
+#endif

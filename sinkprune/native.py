@@ -94,10 +94,12 @@ def build_info() -> dict[str, object]:
 
 def serves(device: torch.device | str) -> bool:
     """Whether repacking on ``device`` runs natively (elsewhere PyTorch does it)."""
-    kind = torch.device(device).type
-    if not available():
-        return False
-    return kind == "cpu"
+    kind = torch.device(device).type.upper()
+    return (
+        kind in ("CPU", "CUDA")
+        and available()
+        and torch._C._dispatch_has_kernel_for_dispatch_key("sinkprune_native::gather_", kind)
+    )
 
 
 def gather_heads(
@@ -332,10 +334,11 @@ def column_mass(
     ``q`` [B, Hq, Lq, D], ``k`` [B, Hkv, Lk, D] of one dtype, contiguous in D; ``lse`` [B, Hq, Lq], the base-2
     log-sum-exp that attention returned (±inf: a row that saw no key). ``kept_heads``: sorted unique ids,
     None = all; the others get zeros. ``kv_head_of``: the key/value head of each query head, ``[Hq]``. The
-    rest as in `sinkprune.ops.column_mass`. ``out`` float32 [B, Hq, at least Lk] is written and returned, zero past Lk.
+    rest as in `sinkprune.ops.column_mass`. ``out`` float32 [B, Hq, at least Lk] is written and returned, zero
+    past Lk.
 
-    Scores are never in memory, whatever the lengths. Where :func:`serves_column_mass` is False, the plain
-    twin in `sinkprune.kernels.reference` does it.
+    Scores are never in memory, whatever the lengths. Where :func:`serves_column_mass` is False, the plain twin
+    in `sinkprune.kernels.reference` does it.
 
     Raises ``ValueError``/``TypeError`` for ranks, shapes, dtypes or ids that do not fit.
     """
@@ -397,7 +400,7 @@ def _gather(segments: list[_Segment]) -> None:
     """Runs all segments, in one native call (on CUDA: one launch) where the extension serves the device."""
     device = segments[0].source.device
     if serves(device):
-        ids = [s.ids for s in segments]
+        ids = _on_device([s.ids for s in segments], device)
         torch.ops.sinkprune_native.gather_(
             [s.out for s in segments],
             [s.source for s in segments],
@@ -408,6 +411,13 @@ def _gather(segments: list[_Segment]) -> None:
         return
     for s in segments:
         _gather_torch(s)
+
+
+def _on_device(ids: list[Tensor], device: torch.device) -> list[Tensor]:
+    """All index vectors on ``device``, by one transfer."""
+    if device.type == "cpu":
+        return ids
+    return list(torch.cat(ids).to(device, non_blocking=True).split([len(i) for i in ids]))
 
 
 def _gather_torch(segment: _Segment) -> None:
