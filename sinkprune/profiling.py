@@ -147,15 +147,18 @@ class SinkProfile:
             raise ValueError(
                 f"{path}: expected a sink profile of schema {SCHEMA}, got {description.get('schema')!r}"
             )
-        return cls(
-            geometry=Geometry.from_dict(description["geometry"]),
-            fingerprint=description["fingerprint"],
-            heads=description["heads"],
-            trace_positions=tensors.pop("trace_positions"),
-            trace_mass=tensors.pop("trace_mass"),
-            statistics=tensors,
-            settings=description["settings"],
-        )
+        try:
+            return cls(
+                geometry=Geometry.from_dict(description["geometry"]),
+                fingerprint=description["fingerprint"],
+                heads=description["heads"],
+                trace_positions=tensors.pop("trace_positions"),
+                trace_mass=tensors.pop("trace_mass"),
+                statistics=tensors,
+                settings=description["settings"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: malformed sink profile: {error}") from error
 
 
 class ModelTracker:
@@ -342,15 +345,28 @@ def profile(
     settings["gate"] = {"fair_share": used.fair_share, "sigma": used.sigma}
     first_part = parts[0]
     assert first_part.trace_positions is not None and first_part.trace_mass is not None
-    return SinkProfile(
+    heads = [adapter.kept_heads(i) for i in range(adapter.geometry().num_layers)]
+    result = SinkProfile(
         geometry=adapter.geometry(),
         fingerprint=adapter.fingerprint(),
-        heads=[adapter.kept_heads(i) for i in range(adapter.geometry().num_layers)],
+        heads=heads,
         statistics=_collect(parts),
         trace_positions=first_part.trace_positions[:, :, 0].to(torch.int16).cpu(),
         trace_mass=first_part.trace_mass[:, :, 0].half().cpu(),
         settings=settings,
     )
+    if adapter.form == "mask":
+        result.statistics = {name: _kept_columns(v, heads) for name, v in result.statistics.items()}
+        result.trace_positions = _kept_columns(result.trace_positions.transpose(0, 1), heads).transpose(0, 1)
+        result.trace_mass = _kept_columns(result.trace_mass.transpose(0, 1), heads).transpose(0, 1)
+    return result
+
+
+def _kept_columns(values: Tensor, heads: list[list[int]]) -> Tensor:
+    """A masked model's ``[L, X, all heads]`` as a compact one gives it: kept heads first."""
+    order = [kept + sorted(set(range(values.shape[-1])) - set(kept)) for kept in heads]
+    width = max(map(len, heads))
+    return torch.stack([layer[:, ids[:width]] for layer, ids in zip(values, order, strict=True)])
 
 
 def _collect(parts: list[SinkStatistics]) -> dict[str, Tensor]:
