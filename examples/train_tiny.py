@@ -14,7 +14,6 @@ AdamW.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -321,13 +320,16 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def export(folder: Path, model: LLaDA, tokenizer: Tokenizer) -> None:
-    """Write the model as a published-layout folder: config.json, model.safetensors, tokenizer.json."""
+    """Write the model as a published-layout folder: config.json, model.safetensors and the tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    print(f"wrote {folder} (model.safetensors sha256 {digest[:16]})")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, mask_token=MASK
+    ).save_pretrained(folder)
+    print(f"wrote {folder}")
 
 
 def main() -> None:

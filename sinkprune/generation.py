@@ -117,7 +117,7 @@ def generate(
 
 
 def encode_prompts(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Left-padded ids and attention mask, int64 ``[B, P]`` each. Raises ``ValueError`` for an empty prompt."""
+    """Left-padded ids and mask, int64 ``[B, P]`` each. Raises ``ValueError`` for an empty prompt."""
     if tokenizer is None:
         raise ValueError("text prompts need a tokenizer")
     if not prompts:
@@ -158,7 +158,7 @@ def _prepare(
     blocks = gen_length // block
     if steps < blocks or steps % blocks or steps > gen_length:
         raise ValueError(
-            f"steps must be a multiple of the {blocks} blocks and at most gen_length={gen_length}, got {steps}"
+            f"steps must be a multiple of {blocks} blocks and at most gen_length={gen_length}, got {steps}"
         )
     if remasking not in REMASKING:
         raise ValueError(f"remasking must be one of {REMASKING}, got {remasking!r}")

@@ -73,7 +73,8 @@ class LLaDAConfig:
         if result.d_model % result.n_heads or result.n_heads % result.kv_heads or result.head_dim % 2:
             raise ValueError(
                 "LLaDA config: d_model must be an even multiple of n_heads and n_heads a multiple of "
-                f"n_kv_heads, got d_model={result.d_model}, n_heads={result.n_heads}, n_kv_heads={result.kv_heads}"
+                f"n_kv_heads, got d_model={result.d_model}, n_heads={result.n_heads}, "
+                f"n_kv_heads={result.kv_heads}"
             )
         return result
 

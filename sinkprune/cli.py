@@ -1,0 +1,416 @@
+"""The command line: one subcommand a verb, ``--json`` for machines, one clear line and exit code 2 for bad
+input."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``sinkprune`` with ``arguments`` (default: the process's) and return the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        result, text = options.run(options)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(f"sinkprune {options.command}: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"sinkprune {options.command}: interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(result, indent=1) if options.json else text)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The whole story on one model: profile, plan, apply, compare, report."""
+    from sinkprune import checkpoint, planning, profiling, repacking, report
+
+    out = _output_folder(options.out)
+    started = time.monotonic()
+    say = _teller(options)
+    say(f"loading {options.model}")
+    dense, tokenizer = checkpoint.load(options.model, device=options.device)
+    pruned, _ = checkpoint.load(options.model, device=options.device)
+    held_out = _text(None, "held_out")
+    prompts = prompts_from(_text(None, "calibration"), tokenizer, count=options.prompts)
+    profile = profiling.profile(
+        dense,
+        prompts,
+        tokenizer=tokenizer,
+        steps=options.steps,
+        gen_length=options.gen_length,
+        progress=not options.quiet,
+    )
+    say("planning and repacking")
+    plan = planning.plan(
+        dense,
+        profile,
+        options.criterion,
+        options.ratio,
+        options.unit,
+        targets=tuple(options.targets.split(",")),
+        seed=options.seed,
+    )
+    repacking.apply(pruned, plan)
+    values = report.compare(
+        dense,
+        pruned,
+        plan,
+        profile,
+        tokenizer=tokenizer,
+        name=str(options.model),
+        held_out=held_out,
+        out_of_domain=_text(None, "out_of_domain"),
+        prompts=prompts_from(held_out, tokenizer, count=3),
+        block_length=32,
+        progress=say,
+    )
+    values["seconds"] = time.monotonic() - started
+    profile.save(out / "profile.safetensors")
+    plan.save(out / "plan.json")
+    page = report.write(values, plan, profile, out)
+    return values, _summary(values) + f"\nreport: {page}"
+
+
+def _profile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from sinkprune import checkpoint, profiling
+
+    out = _output_file(options.out)
+    model, tokenizer = checkpoint.load(options.model, device=options.device)
+    prompts = list(options.prompt or [])
+    if options.text:
+        prompts += prompts_from(_text(options.text, ""), tokenizer, count=options.prompts)
+    if not prompts:
+        raise ValueError("give at least one --prompt, or --text FILE to take prompts from")
+    profile = profiling.profile(
+        model,
+        prompts,
+        tokenizer=tokenizer,
+        steps=options.steps,
+        gen_length=options.gen_length,
+        block_length=options.block_length,
+        temperature=options.temperature,
+        cfg_scale=options.cfg_scale,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    profile.save(out)
+    summary = profile.summary()
+    text = (
+        f"{summary['samples']} trajectories of {summary['steps']} steps: "
+        f"{100 * summary['heads_moving_over_3']:.0f} % of heads move their sink more than 3 positions\n"
+        f"({100 * summary['heads_moving_over_3_gated']:.0f} % counting only sinks that stand out)\n"
+        f"wrote {out}"
+    )
+    return summary, text
+
+
+def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from sinkprune import checkpoint, costs, planning, profiling
+
+    out = _output_file(options.out)
+    model, _ = checkpoint.load(options.model, device=options.device)
+    profile = profiling.SinkProfile.load(options.profile) if options.profile else None
+    plan = planning.plan(
+        model,
+        profile,
+        options.criterion,
+        options.ratio,
+        options.unit,
+        targets=tuple(options.targets.split(",")),
+        allocation=options.allocation,
+        whole_groups=options.whole_groups,
+        seed=options.seed,
+    )
+    ceiling = costs.ceiling(model, plan, options.batch, options.length)
+    plan.save(out)
+    text = (
+        f"removes {plan.heads_removed} heads, {100 * plan.parameters_removed:.1f} % of the block parameters; "
+        f"at most {ceiling:.2f}x faster at {options.batch} x {options.length} tokens\nwrote {out}"
+    )
+    result = {"heads_removed": plan.heads_removed, "parameters_removed": plan.parameters_removed}
+    return {**result, "ceiling": ceiling, "plan": plan.to_dict()}, text
+
+
+def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from sinkprune import checkpoint, planning, repacking
+
+    plan = planning.PrunePlan.load(options.plan)
+    model, tokenizer = checkpoint.load(options.model, device=options.device)
+    before = sum(p.numel() for p in model.parameters())
+    repacking.apply(model, plan, mode=options.mode, low_memory=options.low_memory)
+    after = sum(p.numel() for p in model.parameters())
+    folder = checkpoint.save(model, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
+    text = f"{before:,} -> {after:,} parameters\nwrote {folder}"
+    return {"parameters_before": before, "parameters_after": after, "folder": str(folder)}, text
+
+
+def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from dataclasses import asdict
+
+    from tqdm import tqdm
+
+    from sinkprune import checkpoint, evaluation
+
+    model, tokenizer = checkpoint.load(options.model, device=options.device)
+    text = _text(options.text, "held_out")
+    with tqdm(desc="evaluating", unit="forward", disable=options.quiet) as bar:
+        quality = evaluation.evaluate(
+            model,
+            text,
+            tokenizer=tokenizer,
+            windows=options.windows,
+            length=options.length,
+            progress=bar.update,
+        )
+    levels = ", ".join(f"t={t}: {loss:.3f}" for t, loss in quality.at_level.items())
+    return asdict(quality), f"NLL bound {quality.nll:.4f} ± {quality.nll_se:.4f} nat per token; {levels}"
+
+
+def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from sinkprune import checkpoint, generation
+
+    model, tokenizer = checkpoint.load(options.model, device=options.device)
+    text = generation.generate(
+        model,
+        tokenizer,
+        options.prompt,
+        steps=options.steps,
+        gen_length=options.gen_length,
+        block_length=options.block_length,
+        temperature=options.temperature,
+        cfg_scale=options.cfg_scale,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    return {"prompt": options.prompt, "text": text}, str(text)
+
+
+def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from sinkprune import checkpoint, profiling, report
+
+    out = _output_folder(options.out)
+    say = _teller(options)
+    profile = profiling.SinkProfile.load(options.profile)
+    dense, tokenizer = checkpoint.load(options.dense, device=options.device)
+    pruned, _ = checkpoint.load(options.pruned, device=options.device)
+    plan = getattr(pruned, "prune_plan", None)
+    if plan is None:
+        raise ValueError(f"{options.pruned} is not a pruned checkpoint")
+    held_out = _text(options.text, "held_out")
+    values = report.compare(
+        dense,
+        pruned,
+        plan,
+        profile,
+        tokenizer=tokenizer,
+        name=Path(options.dense).name,
+        held_out=held_out,
+        out_of_domain=_text(options.out_of_domain, "out_of_domain"),
+        prompts=prompts_from(held_out, tokenizer, count=3),
+        progress=say,
+    )
+    page = report.write(values, plan, profile, out)
+    return values, _summary(values) + f"\nreport: {page}"
+
+
+def _doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from sinkprune import doctor
+
+    facts = doctor.diagnose()
+    return facts, doctor.describe(facts)
+
+
+def prompts_from(text: str, tokenizer: Any, *, count: int, tokens: int = 16) -> list[str]:
+    """``count`` prompts of ``tokens`` tokens, evenly spread over ``text``. Raises ``ValueError`` if it is too
+    short."""
+    if tokenizer is None:
+        raise ValueError("taking prompts from a text needs a tokenizer, and the model has none")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if count < 1 or len(ids) < count * tokens:
+        raise ValueError(f"{count} prompts of {tokens} tokens need as many tokens of text, got {len(ids)}")
+    starts = [round(i * (len(ids) - tokens) / max(1, count - 1)) for i in range(count)]
+    return [tokenizer.decode(ids[start : start + tokens]).strip() for start in starts]
+
+
+def _summary(values: dict[str, Any]) -> str:
+    plan, quality, speed = values["plan"], values["quality"], values["speed"]
+    return (
+        f"{plan['heads_removed']} heads and {100 * plan['parameters_removed']:.1f} % of the block parameters "
+        f"removed by {plan['criterion']}\n"
+        f"NLL bound {quality['dense']['nll']:.3f} -> {quality['pruned']['nll']:.3f} nat per token "
+        f"({quality['difference']['nll']:+.3f} ± {quality['difference']['nll_se']:.3f})\n"
+        f"{speed['dense_ms_per_step']:.2f} -> {speed['pruned_ms_per_step']:.2f} ms per step: "
+        f"{speed['ratio']:.2f}x, arithmetic allows {speed['ceiling']:.2f}x"
+    )
+
+
+def _teller(options: argparse.Namespace) -> Callable[[str], None]:
+    """Progress lines on standard error, unless ``--quiet``."""
+
+    def say(line: str) -> None:
+        if not options.quiet:
+            print(f"· {line}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def _text(path: str | None, embedded: str) -> str:
+    """The text of a file, or without one the text of that name that the package ships."""
+    if path is None:
+        from sinkprune import checkpoint
+
+        return checkpoint.asset(f"text/{embedded}.txt").read_text("utf-8")
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _output_folder(path: str) -> Path:
+    """The folder, made if need be, before any long work. Raises ``OSError`` where it can't be written."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} can't be written")
+    return folder
+
+
+def _output_file(path: str) -> Path:
+    """The file's path, its folder checked before any long work."""
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder, expected a file to write")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise FileNotFoundError(f"{file.parent} is not a folder that can be written")
+    return file
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sinkprune", description="Sink-aware pruning for diffusion language models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., Any], summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("--quiet", action="store_true", help="no progress on standard error")
+        if name != "doctor":
+            sub.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        return sub
+
+    def sampler(sub: argparse.ArgumentParser, gen_length: int) -> None:
+        sub.add_argument("--steps", type=int, default=64, help="forwards (default: %(default)s)")
+        sub.add_argument("--gen-length", type=int, default=gen_length, help="new tokens")
+        sub.add_argument("--block-length", type=int, help="tokens of a block (default: one block)")
+        sub.add_argument("--temperature", type=float, default=0.0)
+        sub.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
+        sub.add_argument("--seed", type=int, default=0)
+
+    def planner(sub: argparse.ArgumentParser) -> None:
+        shown = "(default: %(default)s)"
+        sub.add_argument("--criterion", default="sink_variance", help=f"rule that orders heads {shown}")
+        sub.add_argument("--ratio", type=float, default=0.38, help=f"share to remove {shown}")
+        sub.add_argument("--unit", default="heads", help=f"heads or parameters {shown}")
+        sub.add_argument("--targets", default="heads", help=f"heads, mlp or heads,mlp {shown}")
+
+    sub = command("demo", _demo, "The whole story on one model.", "sinkprune demo --out demo-out")
+    sub.add_argument("--out", required=True, help="folder for report.html, report.json and pictures")
+    sub.add_argument("--model", default="tiny", help="tiny, or a local folder (default: %(default)s)")
+    sub.add_argument("--prompts", type=int, default=8, help="trajectories profiled (default: %(default)s)")
+    sub.add_argument("--steps", type=int, default=64, help="forwards (default: %(default)s)")
+    sub.add_argument("--gen-length", type=int, default=128, help="new tokens profiled (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0)
+    planner(sub)
+
+    sub = command(
+        "profile",
+        _profile,
+        "Gather sink statistics over real denoising trajectories.",
+        'sinkprune profile tiny --prompt "My fellow citizens" --out profile.safetensors',
+    )
+    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("--prompt", action="append", help="a prompt; may be repeated")
+    sub.add_argument("--text", help="take prompts from this text file")
+    sub.add_argument("--prompts", type=int, default=8, help="how many from --text (default: %(default)s)")
+    sub.add_argument("--out", required=True, help="the profile's file (safetensors)")
+    sampler(sub, 128)
+
+    sub = command(
+        "plan",
+        _plan,
+        "Decide what to remove.",
+        "sinkprune plan tiny --profile profile.safetensors --ratio 0.38 --out plan.json",
+    )
+    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("--profile", help="from 'sinkprune profile', for criteria that need it")
+    planner(sub)
+    sub.add_argument("--allocation", default="global", help="global or uniform (default: %(default)s)")
+    sub.add_argument("--whole-groups", action="store_true", help="remove whole key/value groups (GQA)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--batch", type=int, default=1, help="of the ceiling printed (default: %(default)s)")
+    sub.add_argument("--length", type=int, default=1024, help="of the ceiling printed (default: %(default)s)")
+    sub.add_argument("--out", required=True, help="the plan's file (JSON)")
+
+    sub = command(
+        "apply", _apply, "Prune a model and save it.", "sinkprune apply tiny --plan plan.json --out pruned/"
+    )
+    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("--plan", required=True, help="from 'sinkprune plan'")
+    sub.add_argument("--mode", default="compact", help="compact or mask (default: %(default)s)")
+    sub.add_argument("--low-memory", action="store_true", help="layer by layer; can't be rolled back")
+    sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint written before")
+    sub.add_argument("--out", required=True, help="the checkpoint's folder")
+
+    sub = command("eval", _eval, "Masked NLL bound on text.", "sinkprune eval pruned/ --text held_out.txt")
+    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("--text", help="a UTF-8 text file (default: the embedded held-out text)")
+    sub.add_argument("--windows", type=int, default=32, help="windows of text (default: %(default)s)")
+    sub.add_argument("--length", type=int, default=128, help="tokens of a window (default: %(default)s)")
+
+    sub = command(
+        "generate",
+        _generate,
+        "Continue a prompt.",
+        'sinkprune generate tiny "My fellow citizens" --steps 64 --gen-length 64',
+    )
+    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("prompt")
+    sampler(sub, 64)
+
+    sub = command(
+        "report",
+        _report,
+        "Compare a dense checkpoint with its pruned form.",
+        "sinkprune report tiny pruned/ --profile profile.safetensors --out report/",
+    )
+    sub.add_argument("dense", help="tiny, or a local folder")
+    sub.add_argument("pruned", help="a folder written by 'sinkprune apply'")
+    sub.add_argument("--profile", required=True, help="the profile that the plan came from")
+    sub.add_argument("--text", help="held-out text (default: the embedded one)")
+    sub.add_argument("--out-of-domain", help="text of another kind (default: the embedded one)")
+    sub.add_argument("--out", required=True, help="folder for report.html, report.json and pictures")
+
+    command("doctor", _doctor, "Versions, hardware, and which backend runs what.", "sinkprune doctor --json")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
