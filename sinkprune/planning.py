@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -77,15 +78,18 @@ class PrunePlan:
             known["layers"] = [LayerPlan(**layer) for layer in known["layers"]]
             known["targets"] = tuple(known["targets"])
             return cls(**known)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"malformed prune plan: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically."""
         path = Path(path)
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        os.replace(part, path)
+        try:
+            part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> PrunePlan:
@@ -107,10 +111,10 @@ def validate_layers(geometry: Geometry, layers: list[LayerPlan]) -> None:
             ("kept_heads", layer.kept_heads, geometry.heads[i]),
             ("kept_channels", layer.kept_channels, geometry.channels[i]),
         ):
-            if ids is None:
+            if ids is None and what == "kept_channels":
                 continue
-            if not all(isinstance(k, int) for k in ids) or ids != sorted(set(ids)):
-                raise ValueError(f"layer {i}: {what} must be sorted and unique integers, got {ids[:8]}...")
+            if ids is None or not all(isinstance(k, int) for k in ids) or ids != sorted(set(ids)):
+                raise ValueError(f"layer {i}: {what} must be sorted and unique integers, got {str(ids)[:40]}")
             if ids and not 0 <= ids[0] <= ids[-1] < size:
                 raise ValueError(f"layer {i}: {what} must lie in [0, {size}), got {ids[0]}..{ids[-1]}")
 
@@ -290,12 +294,13 @@ def _remove_parameters(
     head_pool = total - model_block_parameters(geometry, PrunePlan(geometry, "", every_head))
     mlp_pool = 3 * geometry.hidden * sum(c - 1 for c in geometry.channels)
     pools = {"heads": head_pool if "heads" in targets else 0, "mlp": mlp_pool if "mlp" in targets else 0}
-    share = ratio * total / sum(pools.values())
-    if share > 1:
+    reachable = sum(pools.values())
+    if ratio * total > reachable + 0.5:
         raise ValueError(
             f"ratio {ratio} is out of reach: removing {' and '.join(targets)} takes at most"
-            f" {sum(pools.values()) / total:.3f} of the block parameters"
+            f" {math.floor(1000 * reachable / total) / 1000:.3f} of the block parameters"
         )
+    share = ratio * total / max(1, reachable)
     kept = _remove_heads(geometry, units, share * pools["heads"], allocation, min_heads, by_parameters=True)
     if not pools["mlp"]:
         return kept, [None] * geometry.num_layers
@@ -304,7 +309,7 @@ def _remove_parameters(
     rest = (ratio * total - taken) / (3 * geometry.hidden * sum(geometry.channels))
     channels: list[list[int] | None] = []
     for layer, width in enumerate(geometry.channels):
-        keep = max(1, width - round(rest * width))
+        keep = min(width, max(1, width - round(rest * width)))
         best = torch.topk(channel_magnitude(adapter.mlp_weights(layer)), keep).indices
         channels.append(sorted(best.tolist()))
     return kept, channels

@@ -130,8 +130,11 @@ class SinkProfile:
         tensors = {**self.statistics, "trace_positions": self.trace_positions, "trace_mass": self.trace_mass}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         part = path.with_name(path.name + ".part")
-        part.write_bytes(save(contiguous, metadata={"sink_profile": json.dumps(description)}))
-        os.replace(part, path)
+        try:
+            part.write_bytes(save(contiguous, metadata={"sink_profile": json.dumps(description)}))
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> SinkProfile:
