@@ -300,6 +300,13 @@ def test_a_profile_survives_its_file(profiled, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["profile.safetensors"]
 
 
+def test_a_profile_that_cannot_be_written_leaves_nothing(profiled, tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        profiled.save(tmp_path / "taken")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
 DAMAGES = ["truncated", "empty", "json", "weights", "schema", "no trace", "no geometry"]
 
 
