@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sinkprune import native, ops
 from sinkprune.version import __version__
@@ -31,7 +33,33 @@ def diagnose() -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
         }
-    return {"versions": versions, "device": device, "native": native.build_info(), "backends": ops.explain()}
+    backends = {name: _try_backends(call) for name, call in _CALLS.items()}
+    return {"versions": versions, "device": device, "native": native.build_info(), "backends": backends}
+
+
+def _attention(backend: str, q: Tensor) -> object:
+    return ops.attention(q, q, q, kept_heads=[0, 2], backend=backend)
+
+
+def _column_mass(backend: str, q: Tensor) -> object:
+    return ops.column_mass(q, q, kept_heads=[0, 2], backend=backend)
+
+
+_CALLS: dict[str, Callable[[str, Tensor], object]] = {"attention": _attention, "column_mass": _column_mass}
+
+
+def _try_backends(call: Callable[[str, Tensor], object]) -> dict[str, str]:
+    """Per backend ``"runs"``, or why it can't serve a small call with skipped heads on this machine."""
+    cuda = torch.cuda.is_available()
+    q = torch.randn(1, 3, 32, 64, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else None)
+    answers = {}
+    for backend in ops.BACKENDS:
+        try:
+            call(backend, q)
+            answers[backend] = "runs"
+        except (ValueError, RuntimeError, ImportError) as error:
+            answers[backend] = " ".join(str(error).split())
+    return answers
 
 
 def describe(facts: dict[str, Any]) -> str:

@@ -191,10 +191,10 @@ def heads_figure(plan: PrunePlan, profile: SinkProfile) -> bytes:
         kept[i, layer.kept_heads] = 1
     figure = Figure(figsize=(11, 1.6 + 0.32 * layers), layout="constrained")
     left, right = figure.subplots(1, 2)
-    image = left.imshow(spread, aspect="auto", cmap="viridis")
+    image = left.imshow(spread.numpy(), aspect="auto", cmap="viridis")
     figure.colorbar(image, ax=left, label="tokens")
     left.set_title("Sink position: standard deviation over steps")
-    right.imshow(kept, aspect="auto", cmap=ListedColormap(["#e8ebef", "#0b6e6e"]), vmin=0, vmax=1)
+    right.imshow(kept.numpy(), aspect="auto", cmap=ListedColormap(["#e8ebef", "#0b6e6e"]), vmin=0, vmax=1)
     right.set_title(f"Kept (dark): {int(kept.sum())} of {sum(plan.geometry.heads)} heads")
     for axes in (left, right):
         axes.set(xlabel="head", ylabel="layer", xticks=range(0, heads, max(1, heads // 16)))
@@ -225,7 +225,7 @@ def positions_figure(profile: SinkProfile, most_layers: int = 8) -> bytes:
             position[position < 0] = torch.nan
             strength = float(share[layer, column])
             style = {"alpha": 0.25 + 0.75 * strength, "linewidth": 0.8 + 1.2 * strength}
-            axes.plot(position, color=f"C{head % 10}", **style)
+            axes.plot(position.numpy(), color=f"C{head % 10}", **style)
         axes.set_title(f"layer {layer}", fontsize=10)
     for axes in grid.flat[len(shown) :]:
         axes.axis("off")
