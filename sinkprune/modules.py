@@ -114,9 +114,8 @@ class CompactMLP(nn.Module):
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer that holds ``weight`` itself, not a copy."""
-    layer = nn.Linear(
-        weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype
-    )
+    layer = nn.Linear(1, 1, bias=bias is not None, device="meta")  # a shell: its own weight is not wanted
+    layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)

@@ -223,7 +223,7 @@ class ModelTracker:
                 f"{self.tracker.max_keys} keys, got {call.query.shape[0]} of {length}; open a new track"
             )
         mask = None if call.key_padding_mask is None else call.key_padding_mask[:samples]
-        if layer == 0:
+        if layer == 0 or self._seen is None:  # a layer without heads is not observed
             self._seen = (mask, length)
             self._query_positions = None
             if mask is not None:

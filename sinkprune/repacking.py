@@ -97,6 +97,11 @@ def compact_attention(
     weights: AttentionWeights, geometry: Geometry, layer: int, kept_heads: list[int]
 ) -> SinkPrunedAttention:
     """Pack the kept query heads, and the key/value heads that they read, into one fused layer."""
+    if not kept_heads:  # nothing to pack: what is left of the layer is the output's bias
+        empty_qkv, empty_o = weights.q.new_empty(0, geometry.hidden), weights.o.new_empty(geometry.hidden, 0)
+        return SinkPrunedAttention(
+            empty_qkv, empty_o, geometry.head_dim, [], [], o_bias=_copy(weights.o_bias)
+        )
     kv_heads = geometry.kv_heads_used(layer, kept_heads)
     owner = geometry.kv_head_of(layer)
     qkv, bias, _ = native.pack_qkv(
