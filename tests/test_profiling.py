@@ -248,6 +248,25 @@ def test_masked_and_compact_models_have_the_same_statistics_per_kept_head(kv_hea
     assert mask.sink_share() == compact.sink_share()
 
 
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_a_layer_without_heads_does_not_hide_the_others(empty):
+    kept = [[0, 2], [1], [0, 1, 3]]
+    kept[empty] = []
+    profiles = []
+    for form in ("mask", "compact"):
+        model = toy(seed=2, sharpness=4.0)
+        sp.apply(model, manual_plan(model, kept), mode=form)
+        profiles.append(sp.profile(model, ["w4 w9", "w7"], tokenizer=WordTokenizer(), **SIZES))
+    mask, compact = profiles
+    assert compact.heads == mask.heads == kept
+    for name, values in compact.statistics.items():
+        torch.testing.assert_close(values, mask.statistics[name], atol=2e-5, rtol=1e-4, equal_nan=True)
+    counted = compact.statistics["steps_counted"]
+    assert [int((counted[layer] == SIZES["steps"]).all(0).sum()) for layer in range(3)] == [
+        len(h) for h in kept
+    ]
+
+
 def test_moving_share_counts_heads_whose_range_is_beyond_three(profiled):
     reach = profiled.statistics["position_range"].double().mean(1)
     assert profiled.moving_share() == pytest.approx((reach > 3).double().mean().item())
