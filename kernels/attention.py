@@ -57,8 +57,8 @@ def kv_of(i_h, kv_head_of, hq, hkv, MAPPED: tl.constexpr):
 
 @triton.jit
 def _attend_block(
-    acc1, acc2, m, l, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, q_block,
-    stride_kl, stride_vl, block_size, scale_log2,
+    acc1, acc2, m, l, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, sees,
+    stride_kl, stride_vl, scale_log2,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, KEY_POSITIONS: tl.constexpr,
     WITH_OUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,7 +86,7 @@ def _attend_block(
                 k_position = tl.load(p_key_positions + i_n + o_n, mask=i_n + o_n < lk, other=0).to(tl.int32)
             else:
                 k_position = i_n + o_n
-            seen = seen & ((k_position // block_size)[None, :] <= q_block[:, None])
+            seen = seen & (k_position[None, :] < sees[:, None])
         s = tl.where(seen, s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
     # A row that has seen nothing yet keeps m = -inf; subtracting 0 instead keeps exp2 away from inf - inf.
@@ -156,15 +156,13 @@ def attention_kernel(
     if QUERY_POSITIONS:
         q_position = tl.load(query_positions + i_b * stride_qpb + o_m, mask=m_m, other=-1).to(tl.int32)
         m_valid = q_position >= 0
-    q_block = q_position
+    sees = q_position  # with CAUSAL, the first position a query does not see: no division in the loop
     clear = hi  # keys before this one are seen by every query of the tile
     if CAUSAL:
-        q_block = q_position // block_size
+        sees = tl.where(m_valid, (q_position // block_size + 1) * block_size, 0)
         if not KEY_POSITIONS:  # keys are in order: skip the blocks that nobody sees
-            last = tl.max(tl.where(m_valid, q_block, -1), 0)
-            first = tl.min(tl.where(m_valid, q_block, 2147483647 // block_size - 1), 0)
-            hi = tl.minimum(hi, (last + 1) * block_size)
-            clear = tl.minimum(hi, (first + 1) * block_size)
+            hi = tl.minimum(hi, tl.max(sees, 0))
+            clear = tl.minimum(hi, tl.min(tl.where(m_valid, sees, 2147483647), 0))
     full = lo + tl.maximum(clear - lo, 0) // BN * BN
     if PADDED or (CAUSAL and KEY_POSITIONS):
         full = lo
@@ -176,14 +174,14 @@ def attention_kernel(
     if not (PADDED or (CAUSAL and KEY_POSITIONS)):
         for i_n in tl.range(lo, full, BN):
             acc1, acc2, m, l = _attend_block(
-                acc1, acc2, m, l, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, q_block,
-                stride_kl, stride_vl, block_size, scale_log2, D, D1, D2, BN,
+                acc1, acc2, m, l, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, sees,
+                stride_kl, stride_vl, scale_log2, D, D1, D2, BN,
                 False, False, False, False, WITH_OUT, PRECISION,
             )  # fmt: skip
     for i_n in tl.range(full, hi, BN):
         acc1, acc2, m, l = _attend_block(
-            acc1, acc2, m, l, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, q_block,
-            stride_kl, stride_vl, block_size, scale_log2, D, D1, D2, BN,
+            acc1, acc2, m, l, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, sees,
+            stride_kl, stride_vl, scale_log2, D, D1, D2, BN,
             True, PADDED, CAUSAL, KEY_POSITIONS, WITH_OUT, PRECISION,
         )  # fmt: skip
 

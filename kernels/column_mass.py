@@ -56,12 +56,12 @@ def column_mass_kernel(
     if D2 > 0:
         o_d2 = D1 + tl.arange(0, D2)
         b_k2 = load_tile(p_k + o_d2[None, :], m_n, o_d2 < D, True, D1 + D2 > D)
-    k_block = o_n
+    seen_from = o_n
     if CAUSAL:
         k_position = o_n
         if KEY_POSITIONS:
             k_position = tl.load(key_positions + i_b * stride_kpb + o_n, mask=m_n, other=0).to(tl.int32)
-        k_block = k_position // block_size
+        seen_from = k_position // block_size * block_size  # the first position that sees the key
 
     # The rows walked are start, start + step, ...: n_rows of them, shared out over the query shares.
     start = 0
@@ -111,7 +111,7 @@ def column_mass_kernel(
             s = tl.dot(b_k2, tl.trans(b_q2), s, input_precision=PRECISION)
         p = tl.math.exp2(s * scale_log2 - b_lse[None, :])  # an empty row: 2^(s - inf) = 0
         if CAUSAL:
-            p = tl.where(k_block[:, None] <= (q_position // block_size)[None, :], p, 0.0)
+            p = tl.where(seen_from[:, None] <= q_position[None, :], p, 0.0)
         acc += p
         counted += tl.where(b_lse == float("inf"), 0.0, 1.0)
     counted_rows = tl.sum(counted, 0)

@@ -1,7 +1,7 @@
 """Follow every head's attention sink through the denoising steps, on the device, in constant memory.
 
-Per step and layer `ops.column_mass` writes into `SinkTracker.mass`; `SinkTracker.end_step` then folds all layers into
-the running statistics in one launch, and `SinkTracker.result` reads them out at the end.
+Per step and layer `ops.column_mass` writes into `SinkTracker.mass`; `SinkTracker.end_step` then folds all
+layers into the running statistics in one launch, and `SinkTracker.result` reads them out at the end.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class PositionMoments:
 
 @dataclass(frozen=True)
 class SinkStatistics:
-    """What a `SinkTracker` saw. Tensors are ``[L, B, H]`` float32 on the tracker's device, H the most heads of a layer.
+    """What a `SinkTracker` saw. Tensors are ``[L, B, H]`` float32 on the tracker's device, H the most heads
+    of a layer.
 
     Heads a layer does not have carry count 0, like heads that were never kept.
 
@@ -92,7 +93,8 @@ class SinkStatistics:
 
 
 class SinkTracker:
-    """Running sink statistics of every (layer, sample, head); state stays on the device and is updated in place.
+    """Running sink statistics of every (layer, sample, head); state stays on the device and is updated in
+    place.
 
     Args:
         num_layers: layers tracked.
@@ -102,7 +104,8 @@ class SinkTracker:
         device: where the state lives.
         gate: when a sink stands out, for the gated statistics.
         key_padding_mask: bool ``[B, <= max_keys]``, True = valid, for every step; `end_step` may override it.
-        trace: also keep the position and mass of every step, up to ``max_steps`` (8 bytes per step, sample and head).
+        trace: also keep the position and mass of every step, up to ``max_steps`` (8 bytes per step, sample
+            and head).
         max_steps: steps the trace has room for; later ones still enter the statistics.
 
     Attributes:

@@ -1,9 +1,11 @@
 """The operations under everything else, through one dispatch point: attention, column mass, head gathering.
 
-`attention` and `column_mass` accept any strides with a contiguous last dimension, on CPU and CUDA. `backend` names
-the code that runs: ``"reference"`` (plain PyTorch, the specification), ``"sdpa"`` (PyTorch's fused attention),
-``"native"`` (the C++ extension), ``"triton"`` (our kernels), or ``"auto"``, which picks the fastest that can serve the
-call. A backend that cannot serve a call raises and says why.
+`attention` and `column_mass` accept any strides with a contiguous last dimension, on CPU and CUDA.
+`backend` names
+the code that runs: ``"reference"`` (plain PyTorch, the specification), ``"sdpa"`` (PyTorch's fused
+    attention),
+``"native"`` (the C++ extension), ``"triton"`` (our kernels), or ``"auto"``, which picks the fastest that
+can serve the call. A backend that cannot serve a call raises and says why.
 """
 
 from __future__ import annotations
@@ -56,16 +58,20 @@ def attention(
         kept_heads: sorted unique query-head ids to compute, int sequence or tensor ``[h]``; None = all.
         kv_head_of: the key/value head of every query head, ``[Hq]``; None = ``h // (Hq / Hkv)``.
         key_padding_mask: bool ``[B, Lk]``, True = valid.
-        block_size: block-causal attention; a query sees the keys whose position's block is not later than its own.
-        query_positions: int ``[B, Lq]``; -1 = padded query. Needed with ``block_size`` unless both sides are 0…L-1.
+        block_size: block-causal attention; a query sees the keys whose position's block is not later than
+            its own.
+        query_positions: int ``[B, Lq]``; -1 = padded query. Needed with ``block_size`` unless both sides
+            are 0…L-1.
         key_positions: int ``[B, Lk]``; None = 0…Lk-1.
         scale: multiplies the scores; None = ``D ** -0.5``.
-        layout: ``"full"`` returns all heads, zeros (lse +inf) where not kept; ``"compact"`` only the kept ones.
+        layout: ``"full"`` returns all heads, zeros (lse +inf) where not kept; ``"compact"`` only the kept
+            ones.
         backend: see the module.
 
     Returns:
-        ``out`` ``[B, Hq or h, Lq, D]`` in q's dtype, and ``lse`` ``[B, Hq or h, Lq]``, the base-2 log-sum-exp of the
-        scaled scores in float32 (float64 for float64 inputs). A row that sees no key has output 0 and lse +inf.
+        ``out`` ``[B, Hq or h, Lq, D]`` in q's dtype, and ``lse`` ``[B, Hq or h, Lq]``, the base-2
+        log-sum-exp of the scaled scores in float32 (float64 for float64 inputs). A row that sees no key has
+        output 0 and lse +inf.
 
     Raises:
         ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or values.
@@ -133,17 +139,19 @@ def column_mass(
 ) -> Tensor:
     """How much attention each key draws: the mean over counted queries of ``softmax(q k^T · scale)``.
 
-    Each kept head's row sums to 1. Heads not kept, and heads whose every query is padded or sees no key, give zeros.
+    Each kept head's row sums to 1. Heads not kept, and heads whose every query is padded or sees no key,
+    give zeros.
 
     Args:
         q, k, kept_heads, kv_head_of, key_padding_mask, block_size, key_positions, scale: as in `attention`.
-        lse: ``[B, Hq, Lq]`` as `attention` returned it in the full layout (base-2; see `base2_lse` for others);
-            None computes it.
-        query_positions: int ``[B, Lq]``; queries at -1 are not counted. Pass it for padded batches: a padding mask
-            alone hides keys, not queries.
-        sample: read every ``sample``-th query row only, starting at ``offset``; None = all rows, the exact mass.
-        offset: integer or integer tensor of one element (on the device, so that a graph can advance it), taken modulo
-            ``min(sample, Lq)``; None = 0.
+        lse: ``[B, Hq, Lq]`` as `attention` returned it in the full layout (base-2; see `base2_lse` for
+            others); None computes it.
+        query_positions: int ``[B, Lq]``; queries at -1 are not counted. Pass it for padded batches: a
+            padding mask alone hides keys, not queries.
+        sample: read every ``sample``-th query row only, starting at ``offset``; None = all rows, the exact
+            mass.
+        offset: integer or integer tensor of one element (on the device, so that a graph can advance it),
+            taken modulo ``min(sample, Lq)``; None = 0.
         out: float32 ``[B, Hq, >= Lk]`` to write into; columns from Lk on are set to zero.
         backend: see the module.
 
@@ -154,7 +162,8 @@ def column_mass(
         ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or values.
         BackendUnavailable: the forced backend cannot serve the call.
 
-    Source: "Sink-Aware Pruning for Diffusion Language Models" (arXiv 2602.17664), the column sums of its Section 3,
+    Source: "Sink-Aware Pruning for Diffusion Language Models" (arXiv 2602.17664), the column sums of its
+        Section 3,
     per head and normalised.
     """
     check_queries_keys(q, k, None)
@@ -218,7 +227,8 @@ def column_mass(
 def base2_lse(lse: Tensor) -> Tensor:
     """A natural log-sum-exp, as FlashAttention, cuDNN and PyTorch return it, in this package's convention.
 
-    Base 2, and +inf for empty rows (FlashAttention-3 writes -inf there). PyTorch's CPU kernel writes 0 for an empty
+    Base 2, and +inf for empty rows (FlashAttention-3 writes -inf there). PyTorch's CPU kernel writes 0 for
+    an empty
     row, which nothing distinguishes from a true 0: mask such rows before.
     """
     return (lse * reference.LOG2E).masked_fill(lse == -math.inf, math.inf)
@@ -228,7 +238,8 @@ def gather_heads(weight: Tensor, heads: Index, head_dim: int, dim: int) -> Tenso
     """The rows (``dim=0``) or columns (``dim=1``) of ``weight`` that belong to the kept heads, dense.
 
     Args:
-        weight: ``[H · head_dim, in]`` for ``dim=0`` (or a bias ``[H · head_dim]``), ``[out, H · head_dim]`` for ``dim=1``.
+        weight: ``[H · head_dim, in]`` for ``dim=0`` (or a bias ``[H · head_dim]``), ``[out, H · head_dim]``
+            for ``dim=1``.
         heads: sorted unique head ids, int sequence or tensor ``[h]``.
         head_dim: rows or columns per head.
         dim: 0 or 1.

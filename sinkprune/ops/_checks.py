@@ -1,7 +1,8 @@
 """Validation at the boundary: every argument once, with errors that name what was expected and what came.
 
-Shapes and dtypes are always checked. Index values are checked where reading them costs no device synchronisation:
-Python sequences and CPU tensors. Index tensors on a CUDA device are trusted, and the kernels guard out-of-range ids.
+Shapes and dtypes are always checked. Index values are checked where reading them costs no device
+synchronisation: Python sequences and CPU tensors. Index tensors on a CUDA device are trusted, and the
+kernels guard out-of-range ids.
 """
 
 from __future__ import annotations

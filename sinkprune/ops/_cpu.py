@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sinkprune.kernels.reference import LOG2E, sampled_rows, visible_keys
 
-# Scores formed at once, in elements: 2 MiB of float32, so that a block stays in the cache while it is read twice.
+# Scores formed at once, in elements: 2 MiB of float32, so that a block stays in the cache while it is read
+# twice.
 BLOCK_SCORES = 1 << 19
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
