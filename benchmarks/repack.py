@@ -207,7 +207,7 @@ def time_repack(layer: Layer, dtype: torch.dtype, device: str, rounds: int) -> d
 
 
 def blocked_mass(q: Tensor, k: Tensor, negative_lse: Tensor, scale: float, out: Tensor) -> None:
-    """The good PyTorch version: blocks of rows that stay in cache, the LSE subtracted by the multiplication."""
+    """The good PyTorch version: blocks of rows that stay in cache, the LSE taken off by the product."""
     b, h, lq, d = q.shape
     lk = k.shape[2]
     q, k = q.reshape(b * h, lq, d), k.reshape(b * h, lk, d)
@@ -224,7 +224,7 @@ def blocked_mass(q: Tensor, k: Tensor, negative_lse: Tensor, scale: float, out: 
 
 
 def time_column_mass(shape: tuple[int, int, int, int], rounds: int) -> dict:
-    """Exact and sampled column mass on the CPU from a saved LSE, beside PyTorch's ways to the same numbers."""
+    """Exact and sampled column mass on the CPU with an LSE, beside PyTorch's ways to the same numbers."""
     b, h, length, d = shape
     q, k, v = (torch.randn(shape) for _ in range(3))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <string>
+
+#include "vectors.h"
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
@@ -91,7 +91,6 @@ ALWAYS_INLINE void panel(const PanelArguments& a) {
 // The same code for each instruction set: the attribute lets the compiler use it, the tile shape fills its registers.
 // A panel has `vectors` vectors of queries, the last of a head as few as it needs.
 struct Isa {
-  const char* name;
   int width, vectors;
   void (*run)(const PanelArguments&, int vectors);
 };
@@ -105,7 +104,7 @@ ALWAYS_INLINE void choose_panel(const PanelArguments& a, int vectors) {
 }
 
 void run_generic(const PanelArguments& a, int vectors) { choose_panel<4, 4, 2>(a, vectors); }
-constexpr Isa kGeneric = {"generic", 4, 2, &run_generic};
+constexpr Isa kGeneric = {4, 2, &run_generic};
 
 #if defined(__x86_64__)
 __attribute__((target("avx2,fma"))) void run_avx2(const PanelArguments& a, int vectors) {
@@ -115,26 +114,16 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_
                                                                                        int vectors) {
   choose_panel<16, 6, 4>(a, vectors);
 }
-constexpr Isa kAvx2 = {"avx2", 8, 2, &run_avx2};
-constexpr Isa kAvx512 = {"avx512", 16, 4, &run_avx512};
+constexpr Isa kAvx2 = {8, 2, &run_avx2};
+constexpr Isa kAvx512 = {16, 4, &run_avx512};
 #endif
-
-const Isa& choose_isa() {
-  const char* wish = std::getenv("SINKPRUNE_CPU_ISA");
-  const std::string name = wish ? wish : "";
-#if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && name != "avx2" && name != "generic") return kAvx512;
-  if (avx2 && name != "generic") return kAvx2;
-#endif
-  return kGeneric;
-}
 
 const Isa& isa() {
-  static const Isa& chosen = choose_isa();
-  return chosen;
+#if defined(__x86_64__)
+  if (vectors() == Vectors::avx512) return kAvx512;
+  if (vectors() == Vectors::avx2) return kAvx2;
+#endif
+  return kGeneric;
 }
 
 float widen(const char* p, Float dtype) {
@@ -167,8 +156,6 @@ float widen(const char* p, Float dtype) {
 }
 
 }  // namespace
-
-const char* vector_isa() { return isa().name; }
 
 void pack_queries(QueryPanels& panels, const Rows& queries, int64_t dim, int64_t length, int64_t first, int64_t step,
                   const float* lse, int64_t lse_stride, const bool* valid, const int32_t* block) {

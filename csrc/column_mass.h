@@ -27,11 +27,8 @@ struct Rows {
   Float dtype;
 };
 
-// The widest vectors this CPU has, or those that SINKPRUNE_CPU_ISA names: "avx512", "avx2", "generic".
-const char* vector_isa();
-
-// Queries `first`, `first + step`, … of `length` whose `lse` is finite or NaN (±inf marks an empty row) and that `valid`
-// (null: all) admits.
+// Queries `first`, `first + step`, … of `length` that `valid` (null: all) admits and whose `lse` is not ±inf, the mark
+// of a row that saw no key.
 void pack_queries(QueryPanels& panels, const Rows& queries, int64_t dim, int64_t length, int64_t first, int64_t step,
                   const float* lse, int64_t lse_stride, const bool* valid, const int32_t* block);
 

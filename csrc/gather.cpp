@@ -3,44 +3,42 @@
 #include <algorithm>
 #include <cstring>
 
-#ifdef __SSE2__
-#include <emmintrin.h>
+#include "vectors.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 namespace sinkprune {
 namespace {
 
 constexpr int64_t kShareBytes = 512 * 1024;
+constexpr int64_t kPage = 4096;
 
-// Writes past the cache: a packed weight is far larger than any cache and is not read again soon, and a
-// plain store would first read the line it overwrites.
-void copy_streaming(char* out, const char* source, int64_t bytes) {
-#ifdef __SSE2__
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(out) & 63);
+#if defined(__x86_64__)
+// Writes past the cache: a packed weight is larger than any cache and is not read again soon, and a plain store would
+// first read the line it overwrites. `ahead` is where the reads go next, which the hardware does not foresee across
+// pages.
+__attribute__((target("avx2"))) void copy_streaming(char* out, const char* source, int64_t bytes, int64_t ahead) {
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(out) & 31);
   std::memcpy(out, source, head);
   int64_t i = head;
   for (; i + 64 <= bytes; i += 64) {
-    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i + 16));
-    const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i + 32));
-    const __m128i d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i + 48));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), a);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i + 16), b);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i + 32), c);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i + 48), d);
+    _mm_prefetch(source + i + ahead, _MM_HINT_NTA);
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i + 32));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i), low);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i + 32), high);
   }
   std::memcpy(out + i, source + i, bytes - i);
-#else
-  std::memcpy(out, source, bytes);
-#endif
 }
+#endif
 
-void copy(char* out, const char* source, int64_t bytes, bool stream) {
-  if (stream && bytes >= 128) {
-    copy_streaming(out, source, bytes);
-  } else {
-    std::memcpy(out, source, bytes);
-  }
+void copy(char* out, const char* source, int64_t bytes, int64_t ahead, bool stream) {
+#if defined(__x86_64__)
+  if (stream && bytes >= 128) return copy_streaming(out, source, bytes, ahead);
+#endif
+  std::memcpy(out, source, bytes);
 }
 
 bool absent(const Segment& s, int64_t id) { return id < 0 || id >= s.limit; }
@@ -67,9 +65,11 @@ void gather_row_pieces(const Segment& s, int64_t begin, int64_t end, bool stream
     } else {
       const char* source = s.source + (s.ids[p] * s.piece + row % s.piece) * s.source_stride;
       if (s.source_stride == s.width && s.out_stride == s.width) {
-        copy(out, source, rows * s.width, stream);
+        copy(out, source, rows * s.width, kPage, stream);
       } else {
-        for (int64_t r = 0; r < rows; ++r) copy(out + r * s.out_stride, source + r * s.source_stride, s.width, stream);
+        for (int64_t r = 0; r < rows; ++r) {
+          copy(out + r * s.out_stride, source + r * s.source_stride, s.width, s.source_stride, stream);
+        }
       }
     }
     row = stop;
@@ -113,7 +113,7 @@ void gather_column_pieces(const Segment& s, int64_t begin, int64_t end, bool str
       if (run.source < 0) {
         std::memset(out + run.out, 0, run.bytes);
       } else {
-        copy(out + run.out, source + run.source, run.bytes, stream);
+        copy(out + run.out, source + run.source, run.bytes, s.source_stride, stream);
       }
     }
   }
@@ -135,12 +135,15 @@ std::vector<RowRange> split_rows(const std::vector<Segment>& segments) {
 }
 
 void gather_rows(const Segment& segment, int64_t begin, int64_t end, bool stream) {
+#if defined(__x86_64__)
+  stream = stream && vectors() != Vectors::generic;
+#endif
   if (segment.along_rows) {
     gather_row_pieces(segment, begin, end, stream);
   } else {
     gather_column_pieces(segment, begin, end, stream);
   }
-#ifdef __SSE2__
+#if defined(__x86_64__)
   if (stream) _mm_sfence();
 #endif
 }

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "column_mass.h"
+#include "vectors.h"
 
 #ifndef SINKPRUNE_FLAGS
 #define SINKPRUNE_FLAGS ""
@@ -28,7 +28,7 @@ py::dict build_info() {
   info["compiler"] = compiler();
   info["flags"] = SINKPRUNE_FLAGS;
   info["torch_target"] = SINKPRUNE_TORCH_TARGET;
-  info["vectors"] = sinkprune::vector_isa();
+  info["vectors"] = sinkprune::vectors_name();
   info["sanitized"] = static_cast<bool>(SINKPRUNE_SANITIZED);
 #ifdef SINKPRUNE_CUDA_VERSION
   info["cuda"] = SINKPRUNE_CUDA_VERSION;
