@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,17 @@ def load(
     with torch.device("meta"):
         model = NATIVE[model_type](config)
     plan = form = None
-    if manifest is not None and manifest["plan"] is not None:
+    if manifest is not None and manifest["form"] != "dense":
         plan, form = PrunePlan.from_dict(manifest["plan"]), manifest["form"]
         if plan.geometry != adapter_for(model).geometry():
             raise ValueError(f"{folder}: the plan in {MANIFEST} does not fit config.json")
         if form == "compact":
             install_compact(model, plan)
     _fill(model, _weight_files(folder), torch.device(device), dtype)
-    if plan is not None and form == "compact":
+    if plan is not None and form is not None:
+        if form == "mask":  # the manifest vouches for the weights, whose fingerprint another dtype may change
+            apply(model, replace(plan, fingerprint=""), mode="mask")
         mark(model, plan, form)
-    elif plan is not None:
-        apply(model, plan, mode="mask")
     return model.eval(), _load_tokenizer(folder)
 
 
@@ -125,8 +126,13 @@ def save(
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             os.replace(folder, old / "it")
-            os.replace(part, folder)
-            shutil.rmtree(old)
+            try:
+                os.replace(part, folder)
+            except BaseException:
+                os.replace(old / "it", folder)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             os.replace(part, folder)
     except BaseException:
@@ -168,9 +174,9 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     manifest = read_json(path)
     if manifest.get("schema") != MANIFEST_SCHEMA:
         raise ValueError(f"{path}: expected schema {MANIFEST_SCHEMA}, got {manifest.get('schema')!r}")
-    if manifest.get("form") not in ("dense", "mask", "compact") or not isinstance(
-        manifest.get("sha256"), dict
-    ):
+    form, plan, hashes = (manifest.get(key) for key in ("form", "plan", "sha256"))
+    fits = plan is None if form == "dense" else isinstance(plan, dict)
+    if form not in ("dense", "mask", "compact") or not fits or not isinstance(hashes, dict):
         raise ValueError(f"{path}: malformed manifest")
     for name, expected in manifest["sha256"].items():
         if not (folder / name).is_file():
@@ -184,7 +190,8 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     """Safetensors files and the tensors the index promises in each (None: whatever is there)."""
     if (folder / INDEX).exists():
         promised: dict[Path, list[str] | None] = {}
-        for tensor, name in read_json(folder / INDEX).get("weight_map", {}).items():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        for tensor, name in weight_map.items() if isinstance(weight_map, dict) else ():
             names = promised.setdefault(folder / name, [])
             assert names is not None
             names.append(tensor)
