@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test sanitize lint clean
 
 setup: $(VENV)/.built
 
@@ -21,6 +21,10 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest
+
+# 12,000 random calls through a build with address and undefined-behaviour sanitizers (a few minutes).
+sanitize: setup
+	SINKPRUNE_FUZZ_CALLS=2000 $(BIN)/pytest tests/csrc/test_sanitize.py -s
 
 lint: setup
 	$(BIN)/ruff check .

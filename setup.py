@@ -126,7 +126,9 @@ class BuildNative(build_ext):
         flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-DNDEBUG"]
         flags += ["-ffp-contract=fast"]  # a·b + c in one rounding, which ISO mode would forbid
         flags += (
-            ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"] if sanitize else ["-O3"]
+            ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+            if sanitize
+            else ["-O3"]
         )
         includes = [
             f"-I{pybind11.get_include()}",
@@ -207,7 +209,8 @@ class BuildNative(build_ext):
         self.announce(shlex.join(command), level=2)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
-            sys.stdout.write(done.stdout + done.stderr)
+            if self.verbose:
+                sys.stdout.write(done.stdout + done.stderr)
             return
         output = (done.stdout + done.stderr).strip()
         if os.environ.get("SINKPRUNE_CUDA") == "1":

@@ -337,8 +337,8 @@ def column_mass(
     rest as in `sinkprune.ops.column_mass`. ``out`` float32 [B, Hq, at least Lk] is written and returned, zero
     past Lk.
 
-    Scores are never in memory, whatever the lengths. Where :func:`serves_column_mass` is False, the plain twin
-    in `sinkprune.kernels.reference` does it.
+    Scores are never in memory, whatever the lengths. Where :func:`serves_column_mass` is False, the plain
+    twin in `sinkprune.kernels.reference` does it.
 
     Raises ``ValueError``/``TypeError`` for ranks, shapes, dtypes or ids that do not fit.
     """
@@ -362,7 +362,8 @@ def column_mass(
     q_positions = _per_sample(query_positions, (b, lq), torch.int64, "query_positions")
     k_positions = _per_sample(key_positions, (b, lk), torch.int64, "key_positions")
     result = _mass_out(out, (b, hq, lk), q.device)
-    first = int(offset or 0) % max(1, min(sample or 1, lq))
+    step = max(1, min(sample or 1, lq))
+    first = int(offset or 0) % step
     scale = d**-0.5 if scale is None else scale
 
     if not serves_column_mass(q, k, lse):
@@ -370,7 +371,7 @@ def column_mass(
         result[..., :lk] = reference.column_mass(
             q.detach(), k.detach(), lse.detach(),
             kept_heads=heads.to(q.device), kv_head_of=owner.to(q.device),
-            scale=scale, sample=sample, offset=first, key_padding_mask=valid, block_size=block_size,
+            scale=scale, sample=step, offset=first, key_padding_mask=valid, block_size=block_size,
             query_positions=q_positions, key_positions=k_positions,
         )  # fmt: skip
         return result
@@ -381,7 +382,7 @@ def column_mass(
         key_block = _blocks(k_positions, b, lk, block_size)
     torch.ops.sinkprune_native.column_mass_(
         result, q.detach(), k.detach(), lse.detach(), heads, owner[heads], valid,
-        None if q_positions is None else q_positions >= 0, query_block, key_block, scale, first, sample or 1,
+        None if q_positions is None else q_positions >= 0, query_block, key_block, scale, first, step,
     )  # fmt: skip
     return result
 
