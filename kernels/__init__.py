@@ -1,1 +1,2 @@
-"""Triton kernels, one file each, beside the plain PyTorch twins that specify them (`sinkprune.kernels.reference`)."""
+"""Triton kernels, one file each, beside the plain PyTorch twins that specify them
+(`sinkprune.kernels.reference`)."""

@@ -1,11 +1,12 @@
 """Triton: exact attention of the kept heads only, with its base-2 log-sum-exp.
 
-One program computes `BM` query rows of one kept head against all its keys (or one share of them, when queries are few
-and the keys are split), with the online softmax in float32. Pruned heads have no program. Twin: `reference.attention`.
+One program computes `BM` query rows of one kept head against all its keys (or one share of them, when
+queries are few and the keys are split), with the online softmax in float32. Pruned heads have no program.
+Twin: `reference.attention`.
 
     grid  x: query tiles      y: kept heads      z: samples x key shares
            ┌──────────── keys ───────────┐
-      q    │ BN │ BN │ BN │ ...          │ →  m, l, acc  →  out = acc / l,  lse = m + log2 l
+      q    │ BN │ BN │ BN │ ...          │ →  m, total, acc  →  out = acc / total,  lse = m + log2 total
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def kv_of(i_h, kv_head_of, hq, hkv, MAPPED: tl.constexpr):
 
 @triton.jit
 def _attend_block(
-    acc1, acc2, m, l, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, sees,
+    acc1, acc2, m, total, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, sees,
     stride_kl, stride_vl, scale_log2,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, KEY_POSITIONS: tl.constexpr,
@@ -93,7 +94,7 @@ def _attend_block(
     shift = tl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
     p = tl.math.exp2(s * scale_log2 - shift[:, None])  # [BM, BN]
     decay = tl.math.exp2(m - shift)
-    l = l * decay + tl.sum(p, 1)
+    total = total * decay + tl.sum(p, 1)
     if WITH_OUT:
         o_v = (i_n + o_n).to(tl.int64) * stride_vl
         b_v1 = load_tile(p_v + o_v[:, None] + o_d1[None, :], m_n, m_d1, MASKED, D1 > D)  # [BN, D1]
@@ -102,7 +103,7 @@ def _attend_block(
         if D2 > 0:
             b_v2 = load_tile(p_v + o_v[:, None] + o_d2[None, :], m_n, m_d2, MASKED, D1 + D2 > D)
             acc2 = tl.dot(b_p, b_v2, acc2 * decay[:, None], input_precision=PRECISION)
-    return acc1, acc2, m_new, l
+    return acc1, acc2, m_new, total
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -168,28 +169,28 @@ def attention_kernel(
         full = lo
 
     m = tl.full([BM], -float("inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
     acc1 = tl.zeros([BM, D1], tl.float32)
     acc2 = tl.zeros([BM, D2 if D2 > 0 else 1], tl.float32)
     if not (PADDED or (CAUSAL and KEY_POSITIONS)):
         for i_n in tl.range(lo, full, BN):
-            acc1, acc2, m, l = _attend_block(
-                acc1, acc2, m, l, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, sees,
+            acc1, acc2, m, total = _attend_block(
+                acc1, acc2, m, total, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, sees,
                 stride_kl, stride_vl, scale_log2, D, D1, D2, BN,
                 False, False, False, False, WITH_OUT, PRECISION,
             )  # fmt: skip
     for i_n in tl.range(full, hi, BN):
-        acc1, acc2, m, l = _attend_block(
-            acc1, acc2, m, l, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, sees,
+        acc1, acc2, m, total = _attend_block(
+            acc1, acc2, m, total, b_q1, b_q2, p_k, p_v, p_padding, p_key_positions, i_n, lk, sees,
             stride_kl, stride_vl, scale_log2, D, D1, D2, BN,
             True, PADDED, CAUSAL, KEY_POSITIONS, WITH_OUT, PRECISION,
         )  # fmt: skip
 
-    empty = (l == 0.0) | (m_valid == 0)
+    empty = (total == 0.0) | (m_valid == 0)
     p_lse = lse + i_b * stride_lb + i_oh * stride_lh + i_s.to(tl.int64) * stride_ls
-    tl.store(p_lse + o_m, tl.where(empty, float("inf"), m + tl.math.log2(l)), mask=m_m)
+    tl.store(p_lse + o_m, tl.where(empty, float("inf"), m + tl.math.log2(total)), mask=m_m)
     if WITH_OUT:
-        inverse = tl.where(empty, 0.0, 1.0 / l)
+        inverse = tl.where(empty, 0.0, 1.0 / total)
         p_out = out + i_b * stride_ob + i_oh * stride_oh + i_s.to(tl.int64) * stride_os
         p_out = p_out + (o_m.to(tl.int64) * stride_ol)[:, None]
         # `where`, not a product: a padded query may hold NaN.
@@ -206,7 +207,8 @@ def combine_kernel(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, KEPT: tl.constexpr, COMPACT: tl.constexpr,
     WITH_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Join the key shares, in their order: ``lse = log2 sum 2^lse_s``, ``out = sum 2^(lse_s - lse) out_s``."""
+    """Join the key shares, in their order: ``lse = log2 sum 2^lse_s``, ``out = sum 2^(lse_s - lse)
+    out_s``."""
     i_m = tl.program_id(0) * BM
     slot = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
@@ -222,7 +224,7 @@ def combine_kernel(
     o_d = tl.arange(0, DP)
     m_tile = m_m[:, None] & (o_d < D)[None, :]
     m = tl.full([BM], -float("inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
     for i_s in tl.range(0, n_shares):
         row = ((i_s * b + i_b) * h + slot) * lq + o_m
@@ -232,16 +234,16 @@ def combine_kernel(
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         decay = tl.math.exp2(m - shift)
         weight = tl.math.exp2(part - shift)
-        l = l * decay + weight
+        total = total * decay + weight
         if WITH_OUT:
             b_o = tl.load(partial + row[:, None] * D + o_d[None, :], mask=m_tile, other=0.0)
             acc = acc * decay[:, None] + b_o * weight[:, None]
         m = m_new
-    empty = l == 0.0
+    empty = total == 0.0
     p_lse = lse + (i_b * h_out + i_oh) * lq
-    tl.store(p_lse + o_m, tl.where(empty, float("inf"), m + tl.math.log2(l)), mask=m_m)
+    tl.store(p_lse + o_m, tl.where(empty, float("inf"), m + tl.math.log2(total)), mask=m_m)
     if WITH_OUT:
-        b_o = tl.where(empty[:, None], 0.0, acc / l[:, None]).to(out.dtype.element_ty)
+        b_o = tl.where(empty[:, None], 0.0, acc / total[:, None]).to(out.dtype.element_ty)
         p_out = out + i_b * stride_ob + i_oh * stride_oh + (o_m.to(tl.int64) * stride_ol)[:, None]
         tl.store(p_out + o_d[None, :], b_o, mask=m_tile)
 
@@ -274,8 +276,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Launch on checked arguments; shapes as in `sinkprune.ops.attention`.
 
-    Without ``v`` only the log-sum-exp is computed (the first result is then an empty tensor). ``tile`` and ``shares``
-    (key shares per query tile) override the shipped launch configuration.
+    Without ``v`` only the log-sum-exp is computed (the first result is then an empty tensor). ``tile`` and
+    ``shares`` (key shares per query tile) override the shipped launch configuration.
     """
     b, hq, lq, d = q.shape
     hkv, lk = k.shape[1], k.shape[2]
@@ -311,8 +313,8 @@ def attention(
     with launch.on_device(q):
         attention_kernel[(triton.cdiv(lq, tile.block_m), h, b * shares)](
             q, k, values, to, to_lse,
-            *(lse if x is None else x for x in (kept_heads, kv_head_of, padding, query_positions, key_positions)),
-            *q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *o_strides, *l_strides,
+            *(lse if x is None else x for x in (kept_heads, kv_head_of, padding, query_positions,
+            key_positions)), *q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *o_strides, *l_strides,
             *(0 if x is None else x.stride(0) for x in (padding, query_positions, key_positions)),
             lq, lk, hq, hkv, shares, min(block_size or 1, 1 << 29), scale * launch.LOG2E,
             D=d, D1=d1, D2=d2, BM=tile.block_m, BN=tile.block_n,

@@ -1,8 +1,10 @@
-"""Triton: how much attention each key draws, from Q, K and the saved log-sum-exp, without forming N x N anything.
+"""Triton: how much attention each key draws, from Q, K and the saved log-sum-exp, without forming N x N
+anything.
 
 One program holds `BN` keys of one kept head on chip and walks the query rows. Scores are computed transposed,
-``K q^T``, so that the column sum is a sum along a row: each thread adds up its own elements over the whole walk, and
-one reduction at the end joins the threads. No atomics, and a fixed order, so the same inputs give the same bits.
+``K q^T``, so that the column sum is a sum along a row: each thread adds up its own elements over the whole
+walk, and one reduction at the end joins the threads. No atomics, and a fixed order, so the same inputs give
+the same bits.
 Twin: `reference.column_mass`.
 
     grid  x: key tiles        y: kept heads      z: samples x query shares
@@ -173,10 +175,12 @@ def column_mass_(
     tile: Tile | None = None,
     shares: int | None = None,
 ) -> None:
-    """Launch on checked arguments, writing ``out`` ``[B, Hq, >= Lk]``; shapes as in `sinkprune.ops.column_mass`.
+    """Launch on checked arguments, writing ``out`` ``[B, Hq, >= Lk]``; shapes as in
+    `sinkprune.ops.column_mass`.
 
-    Without ``lse`` it is computed first, by the attention kernel without its output. In ``tile``, ``block_n`` is the
-    keys held and ``block_m`` the query rows per iteration; ``shares`` splits the query walk.
+    Without ``lse`` it is computed first, by the attention kernel without its output. In ``tile``,
+    ``block_n`` is the keys held and ``block_m`` the query rows per iteration; ``shares`` splits the query
+    walk.
     """
     b, hq, lq, d = q.shape
     hkv, lk = k.shape[1], k.shape[2]

@@ -1,8 +1,8 @@
 """What a launch needs besides its tensors: the tile, how far to split, the device.
 
-Tiles come from ``configs/<family>.json``, one file per GPU family, listed per kernel, dtype width and head size; among
-the tiles listed for a bucket, the one whose grid fills its last wave best is taken. `overrides` holds what the opt-in
-tuner measured on this machine.
+Tiles come from ``configs/<family>.json``, one file per GPU family, listed per kernel, dtype width and head
+size; among the tiles listed for a bucket, the one whose grid fills its last wave best is taken. `overrides`
+holds what the opt-in tuner measured on this machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ MOST_SHARES = 32
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes and launch options of one kernel, and how many of its blocks one multiprocessor holds at once."""
+    """Block sizes and launch options of one kernel, and how many of its blocks one multiprocessor holds at
+    once."""
 
     block_m: int
     block_n: int
@@ -39,7 +40,8 @@ class Tile:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One GPU family: its name, multiprocessors, shared memory per block in bytes, and tiles per kernel and bucket."""
+    """One GPU family: its name, multiprocessors, shared memory per block in bytes, and tiles per kernel and
+    bucket."""
 
     name: str
     multiprocessors: int
@@ -67,7 +69,8 @@ def families() -> list[str]:
 
 
 def family_of(capability: tuple[int, int]) -> str:
-    """The family whose tiles suit a compute capability: a consumer GPU has too little shared memory for sm_80's."""
+    """The family whose tiles suit a compute capability: a consumer GPU has too little shared memory for
+    sm_80's."""
     major, minor = capability
     if major == 9:
         return "sm_90"
@@ -91,18 +94,22 @@ def device_family(device: torch.device) -> tuple[Family, int]:
     return _device_family(torch.cuda.current_device() if device.index is None else device.index)
 
 
-# (kernel, dtype bits, head class, rows bucket, keys bucket, programs bucket) -> (tile, shares), from the tuner.
+# (kernel, dtype bits, head class, rows bucket, keys bucket, programs bucket) -> (tile, shares), from the
+# tuner.
 overrides: dict[tuple[str, str, str, int, int, int], tuple[Tile, int]] = {}
 
 
-def bucket(kernel: str, q: Tensor, rows: int, keys: int, programs: int) -> tuple[str, str, str, int, int, int]:
+def bucket(
+    kernel: str, q: Tensor, rows: int, keys: int, programs: int
+) -> tuple[str, str, str, int, int, int]:
     """What a tuned choice is filed under: lengths and grid sizes rounded up to powers of two."""
     up = tuple((max(x, 1) - 1).bit_length() for x in (rows, keys, programs))
     return kernel, _bits(q), _head_class(q.shape[-1]), up[0], up[1], up[2]
 
 
 def attention_tile(q: Tensor, *, rows: int, keys: int, programs: int) -> tuple[Tile, int]:
-    """``(tile, key shares)`` for ``rows`` queries of ``programs`` = batch x kept heads against ``keys`` keys."""
+    """``(tile, key shares)`` for ``rows`` queries of ``programs`` = batch x kept heads against ``keys``
+    keys."""
     chosen = overrides.get(bucket("attention", q, rows, keys, programs)) if overrides else None
     if chosen is not None:
         return chosen
@@ -111,7 +118,8 @@ def attention_tile(q: Tensor, *, rows: int, keys: int, programs: int) -> tuple[T
 
 
 def column_mass_tile(q: Tensor, *, rows: int, keys: int, programs: int) -> tuple[Tile, int]:
-    """``(tile, query shares)`` for ``keys`` keys of ``programs`` = batch x kept heads, walking ``rows`` queries."""
+    """``(tile, query shares)`` for ``keys`` keys of ``programs`` = batch x kept heads, walking ``rows``
+    queries."""
     chosen = overrides.get(bucket("column_mass", q, rows, keys, programs)) if overrides else None
     if chosen is not None:
         return chosen
@@ -121,12 +129,20 @@ def column_mass_tile(q: Tensor, *, rows: int, keys: int, programs: int) -> tuple
 
 @functools.lru_cache(maxsize=4096)
 def choose_tile(
-    kernel: str, known: Family, multiprocessors: int, bits: str, head_dim: int, grid_rows: int, walk: int, programs: int
+    kernel: str,
+    known: Family,
+    multiprocessors: int,
+    bits: str,
+    head_dim: int,
+    grid_rows: int,
+    walk: int,
+    programs: int,
 ) -> tuple[Tile, int]:
-    """The listed tile with the cheapest waves, and into how many shares to split its walk so that the GPU fills.
+    """The listed tile with the cheapest waves, and into how many shares to split its walk so that the GPU
+    fills.
 
-    ``grid_rows`` is what the grid is cut along (queries for attention, keys for column mass), ``walk`` what each
-    program loops over.
+    ``grid_rows`` is what the grid is cut along (queries for attention, keys for column mass), ``walk`` what
+    each program loops over.
     """
     along, across = ("block_m", "block_n") if kernel == "attention" else ("block_n", "block_m")
     best: tuple[float, Tile, int] | None = None
@@ -135,7 +151,9 @@ def choose_tile(
         blocks = -(-grid_rows // held) * programs
         at_once = multiprocessors * tile.blocks_per_sm
         shares = 1
-        if blocks * 2 <= at_once:  # less than half a wave: let several programs share a walk of at least 4 steps each
+        if (
+            blocks * 2 <= at_once
+        ):  # less than half a wave: let several programs share a walk of at least 4 steps each
             shares = max(1, min(MOST_SHARES, at_once // blocks, walk // (4 * step)))
         waves = -(-blocks * shares // at_once)
         steps = -(-walk // (step * shares)) * step

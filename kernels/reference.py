@@ -51,7 +51,8 @@ def default_kv_head_of(hq: int, hkv: int, device: torch.device | None = None) ->
 
 
 def _scores(q: Tensor, k: Tensor, heads: Tensor, kv_head_of: Tensor | None, scale: float | None) -> Tensor:
-    """Base-2 scores ``[B, h, Lq, Lk]`` of the given heads, in float64 for float64 inputs and float32 otherwise."""
+    """Base-2 scores ``[B, h, Lq, Lk]`` of the given heads, in float64 for float64 inputs and float32
+    otherwise."""
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = default_kv_head_of(q.shape[1], k.shape[1], q.device) if kv_head_of is None else kv_head_of
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -70,7 +71,8 @@ def attention(
     scale: float | None = None,
     **visibility: Any,
 ) -> tuple[Tensor, Tensor]:
-    """``softmax(q k^T · scale) v`` of the kept heads and its base-2 log-sum-exp; see `sinkprune.ops.attention`."""
+    """``softmax(q k^T · scale) v`` of the kept heads and its base-2 log-sum-exp; see
+    `sinkprune.ops.attention`."""
     b, hq, lq, d = q.shape
     heads = torch.arange(hq, device=q.device) if kept_heads is None else kept_heads.long()
     kv_head_of = None if kv_head_of is None else kv_head_of.long()
@@ -114,7 +116,8 @@ def column_mass(
     offset: int = 0,
     **visibility: Any,
 ) -> Tensor:
-    """Mean over counted queries of ``softmax(q k^T · scale)``: ``[B, Hq, Lk]``; see `sinkprune.ops.column_mass`."""
+    """Mean over counted queries of ``softmax(q k^T · scale)``: ``[B, Hq, Lk]``; see
+    `sinkprune.ops.column_mass`."""
     b, hq, lq, _ = q.shape
     heads = torch.arange(hq, device=q.device) if kept_heads is None else kept_heads.long()
     kv_head_of = None if kv_head_of is None else kv_head_of.long()

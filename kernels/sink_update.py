@@ -1,7 +1,9 @@
-"""Triton: one denoising step's sinks folded into the running statistics, all layers, samples and heads at once.
+"""Triton: one denoising step's sinks folded into the running statistics, all layers, samples and heads at
+once.
 
-One program owns one row, a (layer, sample, head), and walks its column mass twice: for the largest mass, its lowest
-index and the runner-up, then for the spread around the mean. It then updates that row's 32 floats of state in place. It
+One program owns one row, a (layer, sample, head), and walks its column mass twice: for the largest mass,
+its lowest index and the runner-up, then for the spread around the mean. It then updates that row's 32
+floats of state in place. It
 reads what it writes, so it must run exactly once per step: never autotune it. Twin: `reference.sink_update_`.
 
     mass [R, K]  ──row r──▶  max, argmax, runner-up, spread  ──▶  state [R, 32]   (+ trace [S, R])
@@ -125,7 +127,8 @@ def sink_update_(
 ) -> None:
     """Launch on checked arguments: ``mass`` ``[R, K]``, ``state`` ``[R, 32]``, ``sample_of`` int32 ``[R]``.
 
-    The traces are ``[S, R]``, S = 0 for none; the step is the row's own count of steps, which is on the device.
+    The traces are ``[S, R]``, S = 0 for none; the step is the row's own count of steps, which is on the
+    device.
     """
     rows = mass.shape[0]
     if rows == 0:

@@ -146,7 +146,6 @@ class SinkTracker:
         self._sample_of = torch.cat(
             [torch.arange(batch_size, dtype=torch.int32).repeat_interleave(h) for h in heads]
         ).to(self.device)
-        self._steps = torch.zeros((), dtype=torch.int64, device=self.device)
         traced = max_steps if trace else 0
         self._trace_positions = torch.full((traced, rows), -1, dtype=torch.int32, device=self.device)
         self._trace_mass = torch.zeros(traced, rows, dtype=torch.float32, device=self.device)
@@ -173,7 +172,6 @@ class SinkTracker:
         ops.sink_update(
             self._mass,
             self._state,
-            self._steps,
             self._sample_of,
             padding,
             num_keys,
@@ -187,7 +185,6 @@ class SinkTracker:
         """Forget every step. Buffers keep their addresses, so a captured graph stays valid."""
         self._mass.zero_()
         self._state.zero_()
-        self._steps.zero_()
         self._trace_positions.fill_(-1)
         self._trace_mass.zero_()
 
@@ -196,9 +193,10 @@ class SinkTracker:
         state = self._by_layer(self._state, fill=0.0)  # [L, B, H, STATE_WIDTH]
         count, gated_count = state[..., layout.COUNT], state[..., layout.GATED]
         divisor = count.clamp(min=1)
+        steps = self._state[:1, layout.STEPS].sum().long()  # every row counts the same steps
         positions = masses = None
         if self._trace_positions.shape[0]:
-            kept = min(int(self._steps), self._trace_positions.shape[0])
+            kept = min(int(steps), self._trace_positions.shape[0])
             positions = self._by_layer(self._trace_positions[:kept].T, fill=-1).movedim(-1, 0)
             masses = self._by_layer(self._trace_mass[:kept].T, fill=0.0).movedim(-1, 0)
         return SinkStatistics(
@@ -209,7 +207,7 @@ class SinkTracker:
             margin=state[..., layout.MARGIN_SUM] / divisor,
             fair_shares=state[..., layout.SHARE_SUM] / divisor,
             gated_mass=state[..., layout.GATED_MASS_SUM] / gated_count.clamp(min=1),
-            steps=self._steps.clone(),
+            steps=steps,
             num_heads=self.num_heads,
             trace_positions=positions,
             trace_mass=masses,
@@ -231,7 +229,8 @@ class SinkTracker:
             raise TypeError(f"key_padding_mask must be bool (True = valid), got {mask.dtype}")
         if mask.dim() != 2 or mask.shape[0] != self.batch_size or mask.shape[1] > self.max_keys:
             raise ValueError(
-                f"key_padding_mask must have shape [{self.batch_size}, at most {self.max_keys}], got {tuple(mask.shape)}"
+                f"key_padding_mask must have shape [{self.batch_size}, at most {self.max_keys}], "
+                f"got {tuple(mask.shape)}"
             )
         if mask.device != self._mass.device:
             raise ValueError(f"key_padding_mask must be on {self._mass.device}, got {mask.device}")

@@ -1,38 +1,49 @@
 """The operations under everything else, through one dispatch point: attention, column mass, head gathering.
 
 `attention` and `column_mass` accept any strides with a contiguous last dimension, on CPU and CUDA.
-`backend` names
-the code that runs: ``"reference"`` (plain PyTorch, the specification), ``"sdpa"`` (PyTorch's fused
-    attention),
-``"native"`` (the C++ extension), ``"triton"`` (our kernels), or ``"auto"``, which picks the fastest that
-can serve the call. A backend that cannot serve a call raises and says why.
+``backend`` names the code that runs:
+
+- ``"reference"``: plain PyTorch, the specification (`sinkprune.kernels.reference`);
+- ``"sdpa"``: PyTorch's fused attention; for column mass, PyTorch in blocks;
+- ``"native"``: the C++ extension (column mass and head gathering, on CPU);
+- ``"triton"``: our kernels, on CUDA or in Triton's interpreter;
+- ``"auto"``: the fastest that can serve the call. A forced backend that cannot serve it raises and says why.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sinkprune.kernels import reference
-from sinkprune.ops import _cpu
+from sinkprune.ops import _pytorch
+from sinkprune.ops._backends import (
+    BACKENDS,
+    BackendUnavailable,
+    attention_refused,
+    choose_attention,
+    choose_column_mass,
+    column_mass_refused,
+)
 from sinkprune.ops._checks import (
     Index,
     check_heads,
     check_kv_head_of,
     check_lse,
     check_mass_out,
+    check_offset,
     check_queries_keys,
     check_visibility,
 )
 
-BACKENDS = ("auto", "reference", "sdpa", "native", "triton")
+__all__ = [
+    "BACKENDS", "BackendUnavailable", "attention", "attention_backend", "base2_lse", "column_mass",
+    "column_mass_backend", "gather_heads", "sink_update",
+]  # fmt: skip
 LAYOUTS = ("full", "compact")
-
-
-class BackendUnavailable(ValueError):
-    """The forced backend cannot serve this call; the message says why."""
 
 
 def attention(
@@ -83,41 +94,43 @@ def attention(
     check_visibility(q, k, key_padding_mask, block_size, query_positions, key_positions)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    _check_backend(backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     compact = layout == "compact"
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if backend == "auto":
-        backend = "reference" if q.device.type != "cpu" else "sdpa"
-    if backend == "reference":
-        return reference.attention(
-            q,
-            k,
-            v,
-            kept_heads=heads,
-            kv_head_of=groups,
-            compact=compact,
-            scale=scale,
-            key_padding_mask=key_padding_mask,
-            block_size=block_size,
-            query_positions=query_positions,
-            key_positions=key_positions,
-        )
-    if backend == "sdpa":
-        return _cpu.attention(
-            q,
-            k,
-            v,
-            heads,
-            groups,
-            key_padding_mask,
-            block_size,
-            query_positions,
-            key_positions,
-            scale,
-            compact,
-        )
-    raise BackendUnavailable(f"backend {backend!r} cannot serve attention here (needs_grad={needs_grad})")
+    irregular = heads is not None or groups is not None
+    masked = key_padding_mask is not None or block_size is not None or query_positions is not None
+    backend = _resolve(
+        backend,
+        lambda: choose_attention(q, scale, irregular, masked, needs_grad),
+        lambda: attention_refused(backend, q, scale, needs_grad),
+    )
+    if not needs_grad:
+        return torch.ops.sinkprune.attention.default(
+            q, k, v, heads, groups, key_padding_mask, block_size, query_positions, key_positions, scale,
+            compact, backend,
+        )  # fmt: skip
+    if backend == "sdpa":  # an op would cut the graph, so autograd sees PyTorch's own operations
+        return _pytorch.attention(
+            q, k, v, heads, groups, key_padding_mask, block_size, query_positions, key_positions, scale,
+            compact, differentiable=True,
+        )  # fmt: skip
+    out, lse = reference.attention(
+        q, k, v, kept_heads=heads, kv_head_of=groups, compact=compact, scale=scale,
+        key_padding_mask=key_padding_mask, block_size=block_size, query_positions=query_positions,
+        key_positions=key_positions,
+    )  # fmt: skip
+    return out, lse.detach()
+
+
+def attention_backend(
+    q: Tensor, *, irregular: bool = False, masked: bool = False, needs_grad: bool = False
+) -> str:
+    """The backend that ``attention(..., backend="auto")`` takes for such queries.
+
+    ``irregular``: some heads are skipped or ``kv_head_of`` is ragged; ``masked``: padding, block-causal or
+    padded queries; ``needs_grad``: an input requires a gradient.
+    """
+    return choose_attention(q, q.shape[-1] ** -0.5, irregular, masked, needs_grad)
 
 
 def column_mass(
@@ -162,8 +175,8 @@ def column_mass(
         ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or values.
         BackendUnavailable: the forced backend cannot serve the call.
 
-    Source: "Sink-Aware Pruning for Diffusion Language Models" (arXiv 2602.17664), the column sums of its
-        Section 3,
+    Source: the column sums of arXiv 2602.17664 ("Sink-Aware Pruning for Diffusion Language Models"), here
+        kept
     per head and normalised.
     """
     check_queries_keys(q, k, None)
@@ -174,62 +187,36 @@ def column_mass(
         check_lse(lse, q)
     if sample is not None and sample < 1:
         raise ValueError(f"sample must be at least 1, got {sample}")
-    if isinstance(offset, int):
-        offset = torch.tensor(offset, device=q.device)
-    elif offset is not None and (offset.numel() != 1 or offset.is_floating_point()):
-        raise ValueError(f"offset must be one integer, got shape {tuple(offset.shape)}, dtype {offset.dtype}")
-    _check_backend(backend)
+    offset = check_offset(offset, q.device)
     lk = k.shape[2]
     if out is None:
         out = torch.empty(q.shape[0], q.shape[1], lk, dtype=torch.float32, device=q.device)
     else:
         check_mass_out(out, q, lk)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    backend = _resolve(
+        backend,
+        lambda: choose_column_mass(q, k, lse, scale),
+        lambda: column_mass_refused(backend, q, k, lse, scale),
+    )
     with torch.no_grad():
-        if backend == "reference" or q.device.type != "cpu":
-            mass = reference.column_mass(
-                q,
-                k,
-                lse,
-                kept_heads=heads,
-                kv_head_of=groups,
-                scale=scale,
-                sample=sample,
-                offset=0 if offset is None else int(offset),
-                key_padding_mask=key_padding_mask,
-                block_size=block_size,
-                query_positions=query_positions,
-                key_positions=key_positions,
-            )
-            out[:, :, :lk] = mass
-            out[:, :, lk:] = 0
-        elif backend in ("auto", "sdpa"):
-            _cpu.column_mass_(
-                out,
-                q,
-                k,
-                lse,
-                heads,
-                groups,
-                key_padding_mask,
-                block_size,
-                query_positions,
-                key_positions,
-                scale,
-                sample,
-                offset,
-            )
-        else:
-            raise BackendUnavailable(f"backend {backend!r} cannot serve column_mass here")
+        torch.ops.sinkprune.column_mass_.default(
+            q, k, lse, heads, groups, key_padding_mask, block_size, query_positions, key_positions, scale,
+            sample, offset, out, backend,
+        )  # fmt: skip
     return out[:, :, :lk]
+
+
+def column_mass_backend(q: Tensor, k: Tensor, lse: Tensor | None) -> str:
+    """The backend that ``column_mass(..., backend="auto")`` takes for such tensors."""
+    return choose_column_mass(q, k, lse, q.shape[-1] ** -0.5)
 
 
 def base2_lse(lse: Tensor) -> Tensor:
     """A natural log-sum-exp, as FlashAttention, cuDNN and PyTorch return it, in this package's convention.
 
-    Base 2, and +inf for empty rows (FlashAttention-3 writes -inf there). PyTorch's CPU kernel writes 0 for
-    an empty
-    row, which nothing distinguishes from a true 0: mask such rows before.
+    Base 2, and +inf for empty rows (FlashAttention-3 writes -inf there). PyTorch's CPU kernel writes 0 for an
+    empty row, which nothing distinguishes from a true 0: mask such rows before.
     """
     return (lse * reference.LOG2E).masked_fill(lse == -math.inf, math.inf)
 
@@ -257,18 +244,17 @@ def gather_heads(weight: Tensor, heads: Index, head_dim: int, dim: int) -> Tenso
         )
     kept = check_heads(heads, weight.shape[dim] // head_dim, weight.device)
     assert kept is not None
+    if not (torch.is_grad_enabled() and weight.requires_grad) and weight.stride(-1) == 1 and kept.numel():
+        from sinkprune import native
+
+        if native.serves(weight.device) and not torch.compiler.is_compiling():
+            return native.gather_heads(weight, kept, head_dim, dim)
     return weight.unflatten(dim, (-1, head_dim)).index_select(dim, kept).flatten(dim, dim + 1)
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
 def sink_update(
     mass: Tensor,
     state: Tensor,
-    steps: Tensor,
     sample_of: Tensor,
     key_padding_mask: Tensor | None,
     num_keys: int,
@@ -276,14 +262,39 @@ def sink_update(
     gate_sigma: float,
     trace_positions: Tensor,
     trace_mass: Tensor,
+    *,
+    backend: str = "auto",
 ) -> None:
-    """One step of `SinkTracker`: fold the mass of all layers into the state, in place. See `SinkTracker.end_step`."""
-    valid = None if key_padding_mask is None else key_padding_mask[sample_of.long(), :num_keys]
-    position, top = reference.sink_update_(
-        mass[:, :num_keys], state, valid=valid, gate_share=gate_share, gate_sigma=gate_sigma
-    )
-    if trace_positions.shape[0]:
-        step = int(steps)
-        if step < trace_positions.shape[0]:
-            trace_positions[step], trace_mass[step] = position, top
-    steps += 1
+    """Fold one step's mass of all layers into the running statistics, in place: `SinkTracker.end_step`.
+
+    Args:
+        mass: float32 ``[R, K]``, a row per (layer, sample, head).
+        state: float32 ``[R, 32]``, columns as in `sinkprune.kernels.reference`.
+        sample_of: int32 ``[R]``, the row's sample in ``key_padding_mask``.
+        key_padding_mask: bool ``[B, >= num_keys]``, True = valid, or None.
+        num_keys: leading columns in use.
+        gate_share, gate_sigma: see `sinkprune.sinks.SinkGate`.
+        trace_positions, trace_mass: int32 and float32 ``[S, R]``, S = 0 for no trace.
+        backend: ``"auto"``, ``"reference"`` or ``"triton"``.
+    """
+    if backend == "auto":
+        backend = (
+            "triton"
+            if mass.is_cuda and not column_mass_refused("triton", mass, mass, None, 1.0)
+            else "reference"
+        )
+    torch.ops.sinkprune.sink_update_.default(
+        mass, state, sample_of, key_padding_mask, num_keys, gate_share, gate_sigma, trace_positions,
+        trace_mass, backend,
+    )  # fmt: skip
+
+
+def _resolve(backend: str, choose: Callable[[], str], refused: Callable[[], str]) -> str:
+    if backend == "auto":
+        return choose()
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    reason = refused()
+    if reason:
+        raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
+    return backend

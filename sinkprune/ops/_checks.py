@@ -8,11 +8,10 @@ kernels guard out-of-range ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-from sinkprune.kernels.reference import default_kv_head_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Index = Sequence[int] | Tensor
@@ -44,9 +43,9 @@ def check_heads(kept_heads: Index | None, hq: int, device: torch.device) -> Tens
     if kept_heads is None:
         return None
     heads = _index_tensor("kept_heads", kept_heads, device)
-    if _readable(kept_heads):
-        ids = heads.tolist() if isinstance(kept_heads, Tensor) else list(kept_heads)
-        if any(b <= a for a, b in zip(ids, ids[1:], strict=False)):
+    ids = _readable_ids(kept_heads)
+    if ids is not None:
+        if any(after <= before for before, after in pairwise(ids)):
             raise ValueError(f"kept_heads must be sorted and unique, got {ids}")
         if ids and (ids[0] < 0 or ids[-1] >= hq):
             raise ValueError(f"kept_heads must lie within 0..{hq - 1}, got {ids}")
@@ -64,11 +63,11 @@ def check_kv_head_of(kv_head_of: Index | None, hq: int, hkv: int, device: torch.
     groups = _index_tensor("kv_head_of", kv_head_of, device)
     if groups.shape[0] != hq:
         raise ValueError(f"kv_head_of must have length Hq={hq}, got {groups.shape[0]}")
-    if _readable(kv_head_of):
-        ids = groups.tolist()
+    ids = _readable_ids(kv_head_of)
+    if ids is not None:
         if ids and (min(ids) < 0 or max(ids) >= hkv):
             raise ValueError(f"kv_head_of must lie within 0..{hkv - 1}, got {ids}")
-        if hkv and hq % hkv == 0 and ids == default_kv_head_of(hq, hkv).tolist():
+        if hkv and hq % hkv == 0 and ids == [h // (hq // hkv) for h in range(hq)]:
             return None
     return groups
 
@@ -97,7 +96,8 @@ def check_visibility(
             raise TypeError(f"{name}_positions must be int32 or int64, got {positions.dtype}")
         if positions.shape != (b, length):
             raise ValueError(
-                f"{name}_positions must have shape [B, L{name[0]}] = {(b, length)}, got {tuple(positions.shape)}"
+                f"{name}_positions must have shape [B, L{name[0]}] = {(b, length)}, "
+                f"got {tuple(positions.shape)}"
             )
     for name, x in (
         ("key_padding_mask", key_padding_mask),
@@ -129,7 +129,8 @@ def check_mass_out(out: Tensor, q: Tensor, lk: int) -> None:
     """A buffer for the mass: float32 ``[B, Hq, >= Lk]``, contiguous in its last dimension."""
     if out.dim() != 3 or out.shape[:2] != q.shape[:2] or out.shape[2] < lk:
         raise ValueError(
-            f"out must have shape [B, Hq, at least Lk] = {(q.shape[0], q.shape[1], lk)}, got {tuple(out.shape)}"
+            f"out must have shape [B, Hq, at least Lk] = {(q.shape[0], q.shape[1], lk)}, "
+            f"got {tuple(out.shape)}"
         )
     if out.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"out must be float32, got {out.dtype}")
@@ -149,8 +150,24 @@ def _index_tensor(name: str, index: Index, device: torch.device) -> Tensor:
     return index if index.device == device else index.to(device, non_blocking=True)
 
 
-def _readable(index: Index) -> bool:
-    """Whether the values can be read without a device synchronisation or a graph break."""
-    if torch.compiler.is_compiling():
-        return not isinstance(index, Tensor)
-    return not isinstance(index, Tensor) or index.device.type == "cpu"
+def check_offset(offset: Tensor | int | None, device: torch.device) -> Tensor | None:
+    """The sampling offset as an integer tensor of one element on ``device``."""
+    if offset is None:
+        return None
+    if isinstance(offset, int):
+        return torch.full((1,), offset, dtype=torch.int64, device=device)
+    if offset.numel() != 1 or offset.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"offset must be one integer, got shape {tuple(offset.shape)} of {offset.dtype}")
+    if offset.device != device:
+        raise ValueError(f"offset must be on q's device ({device}), got {offset.device}")
+    return offset
+
+
+def _readable_ids(index: Index) -> list[int] | None:
+    """The values, where reading them costs no device synchronisation and no graph break."""
+    if not isinstance(index, Tensor):
+        return list(index)
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    ids: list[int] = index.tolist()
+    return ids

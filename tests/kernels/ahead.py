@@ -1,8 +1,9 @@
 """Compile the kernels for GPUs that are not there, and read what the compiler made of them.
 
-A process of its own: ``TRITON_INTERPRET`` is read when a kernel's module is imported, and here it must be off.
-``python tests/kernels/ahead.py --quick`` prints one JSON line per compilation; ``--table docs/kernels.md`` compiles
-every shipped tile and writes the table between the file's markers.
+A process of its own: ``TRITON_INTERPRET`` is read when a kernel's module is imported, and here it must be
+    off.
+``python tests/kernels/ahead.py --quick`` prints one JSON line per compilation; ``--table docs/kernels.md``
+compiles every shipped tile and writes the table between the file's markers.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def occupancy(arch: int, registers: int, shared_bytes: int, warps: int) -> int:
 def compile_ahead(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int, warps: int, stages: int
 ) -> dict[str, Any]:
-    """Machine code for ``arch``. Every pointer and stride is said to be a multiple of 16, the lengths are not."""
+    """Machine code for ``arch``. Every pointer and stride is said to be a multiple of 16, the lengths are
+    not."""
     names = kernel.arg_names
     unknown = set(kernel.do_not_specialize)
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
@@ -124,8 +126,9 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-# What a variant switches on. "plain": every head, nothing masked; "pruned": a kept subset over ragged groups with
-# padding; "causal": block-causal with explicit positions on both sides; "split": key or query shares.
+# What a variant switches on. "plain": every head, nothing masked; "pruned": a kept subset over ragged
+# groups with padding; "causal": block-causal with explicit positions on both sides; "split": key or query
+# shares.
 VARIANTS: dict[str, dict[str, bool]] = {
     "plain": {},
     "pruned": {"KEPT": True, "MAPPED": True, "PADDED": True},
@@ -137,13 +140,15 @@ VARIANTS: dict[str, dict[str, bool]] = {
 
 def types_of(kernel: Any, dtype: str) -> dict[str, str]:
     pointers = {
-        "q": dtype, "k": dtype, "v": dtype, "out": dtype, "lse": "fp32", "kept_heads": "i64", "kv_head_of": "i64",
-        "padding": "u8", "query_positions": "i64", "key_positions": "i64", "offset": "i64", "counts": "fp32",
-        "partial": "fp32", "partial_lse": "fp32", "mass": "fp32", "state": "fp32", "sample_of": "i32",
+        "q": dtype, "k": dtype, "v": dtype, "out": dtype, "lse": "fp32", "kept_heads": "i64", "kv_head_of":
+        "i64", "padding": "u8", "query_positions": "i64", "key_positions": "i64", "offset": "i64", "counts":
+        "fp32", "partial": "fp32", "partial_lse": "fp32", "mass": "fp32", "state": "fp32", "sample_of": "i32",
         "steps": "i64", "trace_positions": "i32", "trace_mass": "fp32",
     }  # fmt: skip
     floats = ("scale_log2", "gate_share", "gate_sigma")
-    return {n: f"*{pointers[n]}" if n in pointers else "fp32" if n in floats else "i32" for n in kernel.arg_names}
+    return {
+        n: f"*{pointers[n]}" if n in pointers else "fp32" if n in floats else "i32" for n in kernel.arg_names
+    }
 
 
 def compile_tile(kernel: str, arch: int, dtype: str, head_dim: int, variant: str, tile: Tile) -> Compiled:
@@ -163,7 +168,9 @@ def compile_tile(kernel: str, arch: int, dtype: str, head_dim: int, variant: str
     return Compiled(kernel, arch, dtype, head_dim, variant, tile, **figures)
 
 
-def matrix(archs: list[int], head_dims: list[int], variants: list[str], bits: str = "16") -> Iterator[tuple[Any, ...]]:
+def matrix(
+    archs: list[int], head_dims: list[int], variants: list[str], bits: str = "16"
+) -> Iterator[tuple[Any, ...]]:
     """Arguments of `compile_tile` for the shipped tiles."""
     for arch in archs:
         known = launch.family(f"sm_{arch}")

@@ -1,19 +1,19 @@
-"""The CPU paths: attention through PyTorch's fused kernel, which hands out its log-sum-exp, and a blocked column mass."""
+"""Through PyTorch's own fused operations: attention that hands out its log-sum-exp, and a blocked column
+mass."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sinkprune.kernels import reference
 from sinkprune.kernels.reference import LOG2E, sampled_rows, visible_keys
 
-# Scores formed at once, in elements: 2 MiB of float32, so that a block stays in the cache while it is read
-# twice.
+# Scores formed at once: 2 MiB of float32, so that a block stays in the cache while it is read twice.
 BLOCK_SCORES = 1 << 19
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attention(
@@ -28,52 +28,107 @@ def attention(
     key_positions: Tensor | None,
     scale: float,
     compact: bool,
+    differentiable: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the kept heads by the fused CPU kernel. The head subset is gathered, the result scattered."""
-    b, hq, lq, d = q.shape
-    if kept_heads is not None:
-        q = q.index_select(1, kept_heads)
-        if kv_head_of is None and k.shape[1] != hq:
-            kv_head_of = torch.arange(hq, device=q.device) // (hq // k.shape[1])
-        groups = kept_heads if kv_head_of is None else kv_head_of.index_select(0, kept_heads)
-        k, v = k.index_select(1, groups), v.index_select(1, groups)
-    elif kv_head_of is not None:
-        k, v = k.index_select(1, kv_head_of), v.index_select(1, kv_head_of)
+    """Attention of the kept heads: gather them, run the fused kernel, scatter the result.
 
-    if key_padding_mask is not None:
-        if bool(key_padding_mask.all()):
-            key_padding_mask = None
-        else:  # a padded key or value may be anything, NaN included
-            hidden = ~key_padding_mask[:, None, :, None]
-            k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    ``differentiable`` keeps to operations that autograd follows; the log-sum-exp never carries a gradient.
+    """
+    b, hq, lq, d = q.shape
+    lk = k.shape[2]
+    # Grouped heads share keys inside the fused kernels, but their CPU backward does not know groups.
+    regular = kept_heads is None and kv_head_of is None and not (differentiable and k.shape[1] != hq)
+    if not regular:
+        if kv_head_of is None:
+            kv_head_of = reference.default_kv_head_of(hq, k.shape[1], q.device)
+        if kept_heads is not None:
+            q, kv_head_of = q.index_select(1, kept_heads), kv_head_of.index_select(0, kept_heads)
+        k, v = k.index_select(1, kv_head_of), v.index_select(1, kv_head_of)
+    if key_padding_mask is not None and not differentiable and bool(key_padding_mask.all()):
+        key_padding_mask = None
+    if key_padding_mask is not None:  # a padded key or value may be anything, NaN included
+        hidden = ~key_padding_mask[:, None, :, None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
     seen = visible_keys(
         lq,
-        k.shape[2],
+        lk,
         key_padding_mask=key_padding_mask,
         block_size=block_size,
         query_positions=query_positions,
         key_positions=key_positions,
+        device=q.device,
     )
+    heads = q.shape[1]
+    if 0 in (b, heads, lq, lk):  # the fused CPU kernel divides by zero on these
+        out = q.new_zeros(b, heads, lq, d)
+        lse = torch.full((b, heads, lq), math.inf, dtype=_wide(q), device=q.device)
+    else:
+        out, lse = (_cuda_attention if q.is_cuda else _cpu_attention)(q, k, v, seen, scale)
+        if seen is not None:
+            empty = ~seen.any(-1)[:, None]
+            out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, math.inf)
+    if compact or kept_heads is None:
+        return out, lse
+    full = out.new_zeros(b, lq, hq, d).transpose(1, 2).index_copy(1, kept_heads, out)
+    return full, lse.new_full((b, hq, lq), math.inf).index_copy(1, kept_heads, lse)
+
+
+def _cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     bias = None
     if seen is not None:
         bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf)[:, None]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, natural = flash(q, k, v, attn_mask=bias, scale=scale)
+    return out, natural.detach() * LOG2E
 
-    heads = q.shape[1]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if 0 in (b, heads, lq, k.shape[2]):  # the fused kernel divides by zero on these
-        out = q.new_zeros(b, lq, heads, d).transpose(1, 2)
-        lse = torch.full((b, heads, lq), math.inf, dtype=wide)
-    else:
-        out, natural = _flash(q, k, v, attn_mask=bias, scale=scale)
-        lse = torch.mul(natural, LOG2E, out=torch.empty((b, heads, lq), dtype=wide))
-        if seen is not None:
-            empty = ~seen.any(-1)[:, None]
-            lse.masked_fill_(empty, math.inf)
-            out.masked_fill_(empty[..., None], 0)
-    if compact or kept_heads is None:
-        return out, lse
-    full = out.new_zeros(b, lq, hq, d).transpose(1, 2).index_copy_(1, kept_heads, out)
-    return full, lse.new_full((b, hq, lq), math.inf).index_copy_(1, kept_heads, lse)
+
+def _cuda_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """cuDNN where it is on and its heads match, else FlashAttention; under a mask or in another dtype,
+    whatever PyTorch picks, with the log-sum-exp computed apart."""
+    fused = seen is None and q.element_size() == 2 and q.shape[3] % 8 == 0 and q.shape[3] <= 256
+    if fused and k.shape[1] == q.shape[1] and q.shape[3] <= 128 and _prefers_cudnn(q.device):
+        out, natural = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, False, False, scale=scale
+        )[:2]
+        return out, natural.detach().reshape(q.shape[:3]) * LOG2E
+    if fused:
+        out, natural = torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, False, False, scale=scale
+        )[:2]
+        return out, natural.detach() * LOG2E
+    mask = None if seen is None else seen[:, None]
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )
+    return out, _lse_apart(q.detach(), k.detach(), seen, scale)
+
+
+def _prefers_cudnn(device: torch.device) -> bool:
+    return torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _lse_apart(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """Base-2 log-sum-exp of regular heads, a sample and a block of query rows at a time."""
+    b, h, lq, _ = q.shape
+    lse = torch.empty(b, h, lq, dtype=_wide(q), device=q.device)
+    at_once = max(1, BLOCK_SCORES * 16 // max(1, h * k.shape[2]))
+    keys = k.repeat_interleave(h // k.shape[1], 1) if k.shape[1] != h else k
+    for i in range(b):
+        for row in range(0, lq, at_once):
+            scores = (q[i, :, row : row + at_once] @ keys[i].mT).to(lse.dtype) * scale
+            if seen is not None:
+                rows = seen[min(i, seen.shape[0] - 1)]
+                scores.masked_fill_(~(rows if rows.shape[0] == 1 else rows[row : row + at_once]), -math.inf)
+            lse[i, :, row : row + at_once] = scores.logsumexp(-1) * LOG2E
+    return lse
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def column_mass_(
@@ -91,23 +146,26 @@ def column_mass_(
     sample: int | None,
     offset: Tensor | None,
 ) -> None:
-    """Write the column mass into ``out`` ``[B, Hq, >= Lk]``, never forming more than `BLOCK_SCORES` scores at once."""
+    """Write the column mass into ``out`` ``[B, Hq, >= Lk]``, never forming more than `BLOCK_SCORES` scores
+    at once."""
     b, hq, lq, d = q.shape
     lk = k.shape[2]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = _wide(q)
     rows = sampled_rows(lq, sample, 0 if offset is None else int(offset))
     q = q[:, :, rows]
     counted = None if query_positions is None else (query_positions >= 0)[:, rows]
     if block_size is not None:
         query_positions = (
-            torch.arange(lq)[None].expand(b, lq) if query_positions is None else query_positions
+            torch.arange(lq, device=q.device)[None].expand(b, lq)
+            if query_positions is None
+            else query_positions
         )[:, rows]
     else:
         query_positions = None
     if lse is not None:
         lse = lse[:, :, rows]
 
-    heads = torch.arange(hq) if kept_heads is None else kept_heads
+    heads = torch.arange(hq, device=q.device) if kept_heads is None else kept_heads
     groups = heads // (hq // max(k.shape[1], 1)) if kv_head_of is None and hq else heads
     if kv_head_of is not None:
         groups = kv_head_of.index_select(0, heads)
@@ -132,8 +190,8 @@ def column_mass_(
             lse = lse.reshape(b, n, lq).masked_fill(~counted[:, None], math.inf).reshape(b * n, lq, 1)
         negative_lse = -lse
 
-    mass = torch.zeros(b * n, lk, dtype=wide)
-    number = torch.zeros(b * n, 1, dtype=wide)
+    mass = torch.zeros(b * n, lk, dtype=wide, device=q.device)
+    number = torch.zeros(b * n, 1, dtype=wide, device=q.device)
     rows_at_once = max(1, min(lq, BLOCK_SCORES // lk))
     heads_at_once = max(1, BLOCK_SCORES // (lk * lq)) if rows_at_once == lq else 1
     # Rows of one sample share their visibility mask, so a block of heads with a mask stays within one sample.
@@ -157,6 +215,7 @@ def column_mass_(
                     block_size=None if query_positions is None else block_size,
                     query_positions=None if query_positions is None else query_positions[sample_id, block],
                     key_positions=None if key_positions is None else key_positions[sample_id],
+                    device=q.device,
                 )
                 if lse is None and counted is not None and query_positions is None:
                     valid = counted[sample_id, block][..., None]
