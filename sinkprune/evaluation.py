@@ -64,7 +64,7 @@ def evaluate(
     entropy; the masks depend on ``seed`` alone, so two models see the same ones.
 
     Args:
-        model: native model.
+        model: of a known family.
         text: a string (with ``tokenizer``) or int64 ids ``[N]``.
         windows, length, draws: how much to evaluate; every window is drawn ``draws`` times.
         batch: sequences per forward.
@@ -115,11 +115,11 @@ def _cross_entropy(
     model: nn.Module, rows: Tensor, masked: Tensor, mask_id: int, batch: int, report: Callable[[int], object]
 ) -> tuple[Tensor, Tensor]:
     """Mean cross entropy and accuracy over each row's masked tokens: float64 ``[rows]`` each."""
-    device = next(model.parameters()).device
+    adapter, device = adapter_for(model), next(model.parameters()).device
     losses, rights = [], []
     for first in range(0, len(rows), batch):
         target, hide = rows[first : first + batch].to(device), masked[first : first + batch].to(device)
-        logits = model(target.masked_fill(hide, mask_id)).logits.float()
+        logits = adapter.predict(target.masked_fill(hide, mask_id)).float()
         loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").double()
         right = (logits.argmax(-1) == target).double()
         hidden = hide.sum(1)

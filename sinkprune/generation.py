@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sinkprune.adapters import adapter_for
+from sinkprune.adapters import Adapter, adapter_for
 
 REMASKING = ("low_confidence", "random")
 
@@ -36,7 +36,7 @@ def denoise(
     largest probability of their drawn token (or random ones). The mask token itself is never drawn.
 
     Args:
-        model: native model, ``model(input_ids, attention_mask).logits`` ``[B, L, V]``.
+        model: of a known family.
         prompt_ids: int64 ``[B, P]``, P >= 1, left-padded where prompts differ in length.
         attention_mask: ``[B, P]``, 1 at valid tokens; None where nothing is padded.
         steps: forwards in total, a multiple of the number of blocks, at most ``gen_length``.
@@ -59,13 +59,14 @@ def denoise(
     )
     if temperature < 0 or cfg_scale < 0:
         raise ValueError(f"temperature and cfg_scale must be at least 0, got {temperature} and {cfg_scale}")
+    adapter = adapter_for(model)
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
     prompt_length = prompt_ids.shape[1]
     blocks = gen_length // block_length
     for block in range(blocks):
         end = prompt_length + (block + 1) * block_length
         for count in transfer_counts(block_length, steps // blocks):
-            logits = _guided_logits(model, ids, valid, prompt_length, mask_id, cfg_scale)
+            logits = _guided_logits(adapter, ids, valid, prompt_length, mask_id, cfg_scale)
             logits[..., mask_id] = -torch.inf
             drawn = (_gumbel(logits, temperature, generator) if temperature else logits).argmax(-1)
             if remasking == "random":
@@ -180,15 +181,15 @@ def _prepare(
 
 
 def _guided_logits(
-    model: nn.Module, ids: Tensor, valid: Tensor | None, prompt_length: int, mask_id: int, cfg_scale: float
+    adapter: Adapter, ids: Tensor, valid: Tensor | None, prompt_length: int, mask_id: int, cfg_scale: float
 ) -> Tensor:
     """Logits ``[B, L, V]``; with guidance both halves run in one batch, the conditional one first."""
     if cfg_scale == 0:
-        return model(ids, attention_mask=valid).logits
+        return adapter.predict(ids, valid)
     blind = ids.clone()
     blind[:, :prompt_length] = mask_id
     both = None if valid is None else torch.cat((valid, valid))
-    conditional, unconditional = model(torch.cat((ids, blind)), attention_mask=both).logits.chunk(2)
+    conditional, unconditional = adapter.predict(torch.cat((ids, blind)), both).chunk(2)
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)
 
 

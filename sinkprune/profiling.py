@@ -177,7 +177,7 @@ class ModelTracker:
         if adapter.form == "mask":
             self._heads = list(adapter.geometry().heads)
         self._forwards = 0
-        self._query_positions: Tensor | None = None
+        self._positions: tuple[Tensor, Tensor] | None = None  # of the padding mask they were made from
         self._seen: tuple[Tensor | None, int] | None = None
         self.tracker: SinkTracker | None = None
 
@@ -223,12 +223,7 @@ class ModelTracker:
                 f"{self.tracker.max_keys} keys, got {call.query.shape[0]} of {length}; open a new track"
             )
         mask = None if call.key_padding_mask is None else call.key_padding_mask[:samples]
-        if layer == 0 or self._seen is None:  # a layer without heads is not observed
-            self._seen = (mask, length)
-            self._query_positions = None
-            if mask is not None:
-                positions = torch.arange(length, device=mask.device, dtype=torch.int32)
-                self._query_positions = torch.where(mask, positions, -1)
+        self._seen = (mask, length)
         ops.column_mass(
             call.query[:samples],
             call.key[:samples],
@@ -236,9 +231,24 @@ class ModelTracker:
             kept_heads=call.kept_heads,
             kv_head_of=call.kv_head_of,
             key_padding_mask=mask,
-            query_positions=self._query_positions,
+            block_size=call.block_size,
+            query_positions=self._counted_queries(call, samples),
+            key_positions=None if call.key_positions is None else call.key_positions[:samples],
+            scale=call.scale,
             out=self.tracker.mass[layer],
         )
+
+    def _counted_queries(self, call: AttentionCall, samples: int) -> Tensor | None:
+        """The call's query positions, or those of the valid tokens where queries are the keys' own tokens."""
+        if call.query_positions is not None:
+            return call.query_positions[:samples]
+        if call.key_padding_mask is None or call.query.shape[2] != call.key.shape[2]:
+            return None
+        if self._positions is None or self._positions[0] is not call.key_padding_mask:
+            mask = call.key_padding_mask[:samples]
+            index = torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32)
+            self._positions = (call.key_padding_mask, torch.where(mask, index, -1))
+        return self._positions[1]
 
     def end_step(self) -> None:
         """Fold the step's masses into the statistics."""

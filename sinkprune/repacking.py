@@ -92,30 +92,24 @@ def compact_layer(
     return attention, mlp
 
 
-@torch.no_grad()
 def compact_attention(
     weights: AttentionWeights, geometry: Geometry, layer: int, kept_heads: list[int]
 ) -> SinkPrunedAttention:
     """Pack the kept query heads, and the key/value heads that they read, into one fused layer."""
-    if not kept_heads:  # nothing to pack: what is left of the layer is the output's bias
-        empty_qkv, empty_o = weights.q.new_empty(0, geometry.hidden), weights.o.new_empty(geometry.hidden, 0)
-        return SinkPrunedAttention(
-            empty_qkv, empty_o, geometry.head_dim, [], [], o_bias=_copy(weights.o_bias)
-        )
-    kv_heads = geometry.kv_heads_used(layer, kept_heads)
-    owner = geometry.kv_head_of(layer)
-    qkv, bias, _ = native.pack_qkv(
-        weights.q, weights.k, weights.v, weights.q_bias, weights.k_bias, weights.v_bias,
-        kept_heads, kv_heads, geometry.head_dim,
-    )  # fmt: skip
-    return SinkPrunedAttention(
-        qkv,
-        native.pack_o(weights.o, kept_heads, geometry.head_dim),
-        geometry.head_dim,
-        kept_heads,
-        [kv_heads.index(owner[head]) for head in kept_heads],
-        qkv_bias=bias,
-        o_bias=_copy(weights.o_bias),
+    return SinkPrunedAttention.from_projections(
+        weights.q,
+        weights.k,
+        weights.v,
+        weights.o,
+        head_dim=geometry.head_dim,
+        kept_heads=kept_heads,
+        kv_head_of=geometry.kv_head_of(layer),
+        q_bias=weights.q_bias,
+        k_bias=weights.k_bias,
+        v_bias=weights.v_bias,
+        o_bias=weights.o_bias,
+        q_norm=weights.q_norm,
+        k_norm=weights.k_norm,
     )
 
 

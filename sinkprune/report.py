@@ -81,7 +81,7 @@ def compare(
         seconds = speed[f"{side}_ms_per_step"] / 1e3
         speed[f"{side}_tokens_per_second"] = gen_length / (steps * seconds)
     say("text")
-    options = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
+    options: dict[str, Any] = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
     texts = [generate(m, tokenizer, prompts, **options) for m in (dense, pruned)]
     geometry = plan.geometry
     return {

@@ -56,7 +56,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """A layer's dense projections: weights ``[rows, hidden]`` for q, k, v and ``[hidden, columns]`` for o."""
+    """A layer's dense projections: weights ``[rows, hidden]`` for q, k, v and ``[hidden, columns]`` for o.
+
+    ``q_norm`` and ``k_norm`` are modules over a head's features, where the family has them.
+    """
 
     q: Tensor
     k: Tensor
@@ -66,6 +69,8 @@ class AttentionWeights:
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
     o_bias: Tensor | None = None
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,10 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def mask_token_id(self) -> int | None: ...
+
+    def predict(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits ``[B, L, V]`` whose row i is the distribution of token i, the family's shift undone."""
+        return self.model(input_ids, attention_mask=attention_mask).logits
 
     def refuse_compact(self) -> str | None:
         """Why this model can't take the compact form, or None where it can."""
