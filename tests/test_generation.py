@@ -92,7 +92,7 @@ def test_a_left_padded_batch_gives_each_prompt_what_it_gets_alone(model, cfg_sca
         assert [x[i, longest:].tolist() for x in together] == [x[0, row.shape[1] :].tolist() for x in alone]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(blocks=st.integers(1, 4), block_length=st.integers(1, 6), data=st.data())
 def test_steps_fill_block_after_block_and_never_touch_what_is_there(blocks, block_length, data):
     model = constant_model([0.5, 0.3, 0.2], max_sequence_length=40)
