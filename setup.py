@@ -12,34 +12,97 @@ same, runs through PyTorch, and `sinkprune doctor` gives the reason that was wri
 Whether this machine has a GPU is never asked: wheels are built where there is none.
 """
 
+import fcntl
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-TORCH_TARGET = (
-    "2.11"  # the oldest torch the binary loads on; a larger one here drops users, never gains speed
-)
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
-SKIPPED = "_C.skipped.txt"
+TORCH_TARGET = (2, 11)  # the oldest torch the binary loads on
+ARCHITECTURES = ("8.0", "9.0", "10.0")
+SKIPPED = "_C.skipped.txt"  # beside the module that is not there: why
+
+CPP_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-DNDEBUG"]
+CPP_FLAGS += ["-ffp-contract=fast"]  # a·b + c in one rounding, which ISO mode would forbid
+SANITIZE_FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 class Skip(Exception):
-    """The extension cannot be built here, and why."""
+    """The extension, or its CUDA part, cannot be built here, and why."""
+
+
+@dataclass
+class Cuda:
+    """A CUDA toolkit, or why none is used."""
+
+    home: Path | None
+    skipped: str = ""
+
+    @property
+    def nvcc(self) -> str:
+        return str(self.home / "bin" / "nvcc")
+
+    def ask(self, *arguments: str) -> str:
+        return subprocess.run([self.nvcc, *arguments], capture_output=True, text=True).stdout
+
+    @property
+    def version(self) -> str:
+        match = re.search(r"release ([\d.]+)", self.ask("--version"))
+        return match[1] if match else "unknown"
+
+    def architectures(self) -> str:
+        """TORCH_CUDA_ARCH_LIST, or those of ours that this nvcc knows, with PTX of the last."""
+        if wish := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            return wish
+        known = re.findall(r"compute_(\d+)(\d)\b", self.ask("--list-gpu-arch"))
+        ours = [name for name in ARCHITECTURES if tuple(name.split(".")) in known]
+        if not ours:
+            raise Skip(f"{self.nvcc} knows none of {', '.join(ARCHITECTURES)}")
+        return ";".join(ours) + "+PTX"
+
+    def static_runtime(self) -> Path:
+        for folder in (self.home / "lib64", self.home / "lib"):
+            if (folder / "libcudart_static.a").exists():
+                return folder
+        raise Skip(f"no libcudart_static.a under {self.home}")
+
+
+def cuda_demanded() -> bool:
+    wish = os.environ.get("SINKPRUNE_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"SINKPRUNE_CUDA: expected 0, 1 or nothing, got {wish!r}")
+    return wish == "1"
+
+
+def find_cuda() -> Cuda:
+    """The toolkit to build with: CUDA_HOME, the one of the nvcc on PATH, or the usual place."""
+    if os.environ.get("SINKPRUNE_CUDA") == "0":
+        return Cuda(None, "SINKPRUNE_CUDA=0 when it was built")
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    candidates = [Path(named)] if named else [Path("/usr/local/cuda")]
+    if nvcc and not named:
+        candidates.insert(0, Path(nvcc).resolve().parent.parent)
+    for home in candidates:
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime_api.h").exists():
+            return Cuda(home)
+    return Cuda(None, f"no CUDA toolkit in {' or '.join(map(str, candidates))} when it was built")
 
 
 def gencode(architectures: str) -> list[str]:
     """The nvcc flags for a TORCH_CUDA_ARCH_LIST such as ``"8.0 9.0a;10.0+PTX"``."""
     flags = []
     for name in re.split(r"[;,\s]+", architectures.strip()):
-        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
         if not match:
             raise SystemExit(
                 f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0, 9.0a or 9.0+PTX, got {name!r}"
@@ -51,95 +114,88 @@ def gencode(architectures: str) -> list[str]:
     return flags
 
 
-def find_cuda() -> tuple[Path | None, str]:
-    """The CUDA toolkit to build with, or None and the reason there is none."""
-    wish = os.environ.get("SINKPRUNE_CUDA", "")
-    if wish not in ("", "0", "1"):
-        raise SystemExit(f"SINKPRUNE_CUDA: expected 0, 1 or nothing, got {wish!r}")
-    if wish == "0":
-        return None, "SINKPRUNE_CUDA=0 when it was built"
-    nvcc = shutil.which("nvcc")
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [Path(named)] if named else []
-    if not named:
-        candidates += [Path(nvcc).resolve().parent.parent] if nvcc else []
-        candidates += [Path("/usr/local/cuda")]
-    for home in candidates:
-        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime_api.h").exists():
-            return home, ""
-    reason = f"no nvcc under {' or '.join(map(str, candidates))} when it was built"
-    if wish == "1":
-        raise SystemExit(f"SINKPRUNE_CUDA=1 demands the CUDA part, but there is {reason}")
-    return None, reason
-
-
 def find_torch() -> Path:
-    """The folder of the torch whose headers are used."""
+    """The folder of the torch whose headers are used; the binary serves any torch from TORCH_TARGET on."""
     try:
         import torch
     except ImportError as error:
         raise Skip(f"torch could not be imported when it was built: {error}") from error
     installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if installed < tuple(int(part) for part in TORCH_TARGET.split(".")):
-        raise Skip(f"torch >= {TORCH_TARGET} is needed to build it, found {torch.__version__}")
+    if installed < TORCH_TARGET:
+        raise Skip(
+            f"torch >= {'.'.join(map(str, TORCH_TARGET))} is needed to build it, found {torch.__version__}"
+        )
     return Path(torch.__file__).parent
 
 
-def torch_target_macro() -> str:
-    major, minor = (int(part) for part in TORCH_TARGET.split("."))
-    return f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL"
+def find_pybind11() -> str:
+    try:
+        import pybind11
+    except ImportError as error:
+        raise Skip(f"pybind11 could not be imported when it was built: {error}") from error
+    return pybind11.get_include()
+
+
+def find_compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    compiler = named or [shutil.which("c++") or shutil.which("g++") or "c++"]
+    if not shutil.which(compiler[0]):
+        raise Skip(f"no C++ compiler: {compiler[0]!r} not found (set CXX, or install g++)")
+    return compiler
 
 
 class BuildNative(build_ext):
     """Compiles csrc/ with the system's compilers, through ninja when it is there."""
+
+    def run(self) -> None:
+        super().run()
+        if (
+            self.inplace and self.extensions
+        ):  # an editable install: what became of it belongs beside the sources
+            built = Path(self.build_lib) / "sinkprune" / SKIPPED
+            beside = Path("sinkprune") / SKIPPED
+            beside.unlink(missing_ok=True)
+            if built.exists():
+                shutil.copy(built, beside)
+                (Path("sinkprune") / Path(self.get_ext_fullpath("sinkprune._C")).name).unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         note = output.parent / SKIPPED
         note.unlink(missing_ok=True)
+        demanded = cuda_demanded()
+        cuda = find_cuda()
         try:
-            self.compile_native(ext, output)
+            if demanded and not cuda.home:
+                raise Skip(cuda.skipped)
+            try:
+                self.compile_native(ext.sources, output, cuda)
+            except Skip as reason:
+                if demanded or not cuda.home:
+                    raise
+                self.warn(f"the CUDA part failed, building without it: {reason}")
+                self.compile_native(ext.sources, output, Cuda(None, f"compiling it failed: {reason}"))
         except Skip as reason:
-            if os.environ.get("SINKPRUNE_CUDA") == "1":
-                raise SystemExit(f"SINKPRUNE_CUDA=1 demands the extension, but {reason}") from reason
+            if demanded:
+                raise SystemExit(f"SINKPRUNE_CUDA=1 demands the CUDA part, but: {reason}") from reason
             output.unlink(missing_ok=True)  # a stale binary must not stand in for the one that failed
             note.write_text(f"{reason}\n")
             self.warn(f"native extension skipped (sinkprune runs through PyTorch): {reason}")
 
-    def compile_native(self, ext: Extension, output: Path) -> None:
+    def compile_native(self, sources: list[str], output: Path, cuda: Cuda) -> None:
+        """Compiles and links; raises Skip with the reason if that cannot be done."""
         if sys.platform != "linux":
             raise Skip(f"it is built on Linux only, this is {sys.platform}")
-        torch = find_torch()
-        compiler = shlex.split(os.environ.get("CXX", "")) or [
-            shutil.which("c++") or shutil.which("g++") or "c++"
-        ]
-        if not shutil.which(compiler[0]):
-            raise Skip(f"no C++ compiler: {compiler[0]!r} not found (set CXX, or install g++)")
-        try:
-            import pybind11
-        except ImportError as error:
-            raise Skip(f"pybind11 could not be imported when it was built: {error}") from error
-        cuda, cuda_reason = find_cuda()
+        torch, compiler = find_torch(), find_compiler()
         sanitize = os.environ.get("SINKPRUNE_SANITIZE") == "1"
-
-        flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-DNDEBUG"]
-        flags += ["-ffp-contract=fast"]  # a·b + c in one rounding, which ISO mode would forbid
-        flags += (
-            ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-            if sanitize
-            else ["-O3"]
-        )
-        includes = [
-            f"-I{pybind11.get_include()}",
-            f"-I{self.python_include()}",
-            f"-isystem{torch / 'include'}",
-        ]
-        defines = [torch_target_macro(), "-DTORCH_STABLE_ONLY"]
-        told = {
-            "SINKPRUNE_FLAGS": shlex.join(flags),
-            "SINKPRUNE_TORCH_TARGET": TORCH_TARGET,
-        }
+        flags = [*CPP_FLAGS, *(SANITIZE_FLAGS if sanitize else ["-O3"])]
+        major, minor = TORCH_TARGET
+        told = {"SINKPRUNE_FLAGS": shlex.join(flags), "SINKPRUNE_TORCH_TARGET": f"{major}.{minor}"}
+        defines = [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL", "-DTORCH_STABLE_ONLY"]
+        includes = [f"-I{find_pybind11()}", f"-I{sysconfig.get_paths()['include']}"]
+        includes += [f"-isystem{torch / 'include'}"]
+        # Without --no-as-needed the linker drops libtorch, and with it the weak CUDA symbols it would bring.
         link = [
             f"-L{torch / 'lib'}",
             "-Wl,--no-as-needed",
@@ -148,107 +204,96 @@ class BuildNative(build_ext):
             "-ltorch_cpu",
             "-lc10",
         ]
-        if sanitize:
-            link += ["-fsanitize=address,undefined"]
+        link += SANITIZE_FLAGS[2:3] if sanitize else []
         nvcc: list[str] = []
-        if cuda:
-            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-            nvcc = [str(cuda / "bin" / "nvcc"), "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "--threads", "0"]
-            nvcc += [f"-ccbin={compiler[0]}", *gencode(architectures)]
-            includes += [f"-isystem{cuda / 'include'}"]
+        if cuda.home:
+            architectures = cuda.architectures()
+            nvcc = [
+                cuda.nvcc,
+                "-std=c++17",
+                "-O3",
+                "-Xcompiler=-fPIC",
+                "--threads=0",
+                f"-ccbin={compiler[0]}",
+            ]
+            nvcc += gencode(architectures)
+            includes += [f"-isystem{cuda.home / 'include'}"]
             defines += ["-DSINKPRUNE_WITH_CUDA"]
-            told["SINKPRUNE_CUDA_VERSION"] = self.cuda_version(cuda)
-            told["SINKPRUNE_CUDA_ARCHITECTURES"] = architectures
-            libraries = next(
-                (p for p in (cuda / "lib64", cuda / "lib") if (p / "libcudart_static.a").exists()), None
-            )
-            if libraries is None:
-                raise SystemExit(f"no libcudart_static.a under {cuda}; SINKPRUNE_CUDA=0 builds without CUDA")
-            link += [f"-L{libraries}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+            told |= {"SINKPRUNE_CUDA_VERSION": cuda.version, "SINKPRUNE_CUDA_ARCHITECTURES": architectures}
+            link += [f"-L{cuda.static_runtime()}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         else:
-            told["SINKPRUNE_CUDA_SKIPPED"] = cuda_reason
-        told_flags = [f'-D{name}="{value}"' for name, value in told.items()]
-        told_flags += [f"-DSINKPRUNE_SANITIZED={int(sanitize)}"]
+            told["SINKPRUNE_CUDA_SKIPPED"] = cuda.skipped.replace('"', "'").replace("\\", "/")
+        quoted = [f'-D{name}="{value}"' for name, value in told.items()]
+        quoted += [f"-DSINKPRUNE_SANITIZED={int(sanitize)}"]
 
-        objects = Path(self.build_temp).resolve() / ("sanitize" if sanitize else "native")
+        # One folder for editable installs, wheels and sanitized builds, so that nothing is compiled twice.
+        objects = Path(
+            "build", f"{'sanitize' if sanitize else 'native'}-{sys.implementation.cache_tag}"
+        ).resolve()
         objects.mkdir(parents=True, exist_ok=True)
         steps = []
-        for source in ext.sources:
-            target = objects / (Path(source).name + ".o")
-            if source.endswith(".cu"):
-                if cuda:
-                    steps.append((Path(source).resolve(), target, [*nvcc, "-c"]))
-                continue
-            own = told_flags if Path(source).name == "module.cpp" else []
-            steps.append(
-                (Path(source).resolve(), target, [*compiler, *flags, *defines, *own, *includes, "-c"])
-            )
-        self.run_steps(steps, objects)
-        linker = [*compiler, "-shared", *(str(target) for _, target, _ in steps), "-o", str(output), *link]
-        self.run_command(linker)
+        for source in map(Path, sources):
+            command = [*compiler, *flags, *defines, *includes, "-c"]
+            if source.name == "module.cpp":
+                command[1:1] = quoted
+            if source.suffix == ".cu":
+                command = [*nvcc, "-c"]
+            if command[0] != "-c":
+                steps.append((source.resolve(), objects / f"{source.name}.o", command))
+        with (objects / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.compile_steps(steps, objects)
+            self.run_command([*compiler, "-shared", *(str(o) for _, o, _ in steps), "-o", str(output), *link])
 
-    def run_steps(self, steps: list, folder: Path) -> None:
-        """Compiles every source; the commands are the same with and without ninja."""
+    def compile_steps(self, steps: list[tuple[Path, Path, list[str]]], folder: Path) -> None:
+        """Compiles every (source, object, command); the commands are the same with and without ninja."""
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        ninja = shutil.which(
-            "ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        )
+        beside_python = str(Path(sys.executable).parent)
+        ninja = shutil.which("ninja", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
         if not ninja:
+            commands = [[*head, str(source), "-o", str(target)] for source, target, head in steps]
             with ThreadPoolExecutor(jobs) as pool:
-                commands = [[*head, str(source), "-o", str(target)] for source, target, head in steps]
                 list(pool.map(self.run_command, commands))
             return
         lines = ["rule compile", "  command = $head $in -o $out -MD -MF $out.d", "  depfile = $out.d", ""]
         for source, target, head in steps:
-            escaped = shlex.join(head).replace("$", "$$")
-            lines += [f"build {ninja_path(target)}: compile {ninja_path(source)}", f"  head = {escaped}", ""]
+            lines += [f"build {ninja_path(target)}: compile {ninja_path(source)}"]
+            lines += [f"  head = {shlex.join(head).replace('$', '$$')}", ""]
         (folder / "build.ninja").write_text("\n".join(lines))
         self.run_command([ninja, "-C", str(folder), "-j", str(jobs), *(["-v"] if self.verbose else [])])
 
     def run_command(self, command: list[str]) -> None:
-        self.announce(shlex.join(command), level=2)
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            if self.verbose:
-                sys.stdout.write(done.stdout + done.stderr)
-            return
         output = (done.stdout + done.stderr).strip()
-        if os.environ.get("SINKPRUNE_CUDA") == "1":
-            raise SystemExit(f"SINKPRUNE_CUDA=1 demands the extension, but a command failed:\n{output}")
-        sys.stderr.write(output + "\n")
-        first = next((line for line in output.splitlines() if "error" in line.lower()), output[-200:])
-        raise Skip(f"compiling it failed: {first}")
-
-    def python_include(self) -> str:
-        import sysconfig
-
-        return sysconfig.get_paths()["include"]
-
-    def cuda_version(self, cuda: Path) -> str:
-        told = subprocess.run(
-            [str(cuda / "bin" / "nvcc"), "--version"], capture_output=True, text=True
-        ).stdout
-        match = re.search(r"release ([\d.]+)", told)
-        return match[1] if match else "unknown"
+        if done.returncode:
+            sys.stderr.write(f"{shlex.join(command)}\n{output}\n")
+            errors = [line for line in output.splitlines() if "error" in line.lower()]
+            raise Skip(errors[0].strip() if errors else output[-200:] or f"{command[0]} failed")
+        if self.verbose:
+            sys.stdout.write(f"{shlex.join(command)}\n{output}\n")
 
 
 def ninja_path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-setup(
-    packages=[*find_packages(include=["sinkprune", "sinkprune.*"]), "sinkprune.kernels"],
-    package_dir={"sinkprune": "sinkprune", "sinkprune.kernels": "kernels"},
-    package_data={
-        "sinkprune": ["assets/**/*", "templates/*", SKIPPED],
-        "sinkprune.kernels": ["configs/*.json"],
-    },
-    ext_modules=[
-        Extension(
-            "sinkprune._C",
-            sources=sorted(str(path) for path in Path("csrc").glob("*.c*") if path.suffix in (".cpp", ".cu")),
-            optional=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["sinkprune", "sinkprune.*"]), "sinkprune.kernels"],
+        package_dir={"sinkprune": "sinkprune", "sinkprune.kernels": "kernels"},
+        package_data={
+            "sinkprune": ["assets/**/*", "templates/*", SKIPPED],
+            "sinkprune.kernels": ["configs/*.json"],
+        },
+        ext_modules=[
+            Extension(
+                "sinkprune._C",
+                sources=sorted(
+                    str(path) for path in Path("csrc").glob("*.c*") if path.suffix in (".cpp", ".cu")
+                ),
+                depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+                optional=True,
+            )
+        ],
+        cmdclass={"build_ext": BuildNative},
+    )
