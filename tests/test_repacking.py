@@ -22,6 +22,7 @@ MODELS = {
 HEADS = {
     "uneven": [[0, 2], [1], [0, 1, 3]],
     "one head each": [[3], [0], [2]],
+    "ragged groups": [[0, 2, 3], [1, 2, 3], [0, 1, 3]],  # the second key/value head has more readers
     "all": [[0, 1, 2, 3]] * 3,
     "a layer without heads": [[0, 1, 2], [], [1, 3]],
 }
