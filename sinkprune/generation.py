@@ -12,6 +12,7 @@ from tqdm import tqdm
 from sinkprune.adapters import Adapter, adapter_for
 
 REMASKING = ("low_confidence", "random")
+FLOAT64_ELEMENTS = 1 << 22  # 32 MB: logits turned to float64 at once
 
 
 @torch.no_grad()
@@ -64,23 +65,15 @@ def denoise(
     prompt_length = prompt_ids.shape[1]
     blocks = gen_length // block_length
     for block in range(blocks):
-        end = prompt_length + (block + 1) * block_length
+        start = prompt_length + block * block_length
+        rows = slice(start, start + block_length)  # the only rows that may be committed
         for count in transfer_counts(block_length, steps // blocks):
-            logits = _guided_logits(adapter, ids, valid, prompt_length, mask_id, cfg_scale)
+            logits = _guided_logits(adapter, ids, valid, prompt_length, mask_id, cfg_scale, rows)
             logits[..., mask_id] = -torch.inf
-            drawn = (_gumbel(logits, temperature, generator) if temperature else logits).argmax(-1)
-            if remasking == "random":
-                confidence = torch.rand(
-                    ids.shape, device=ids.device, generator=generator, dtype=torch.float64
-                )
-            else:
-                confidence = logits.double().softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-            open_ = ids == mask_id
-            open_[:, :prompt_length] = False
-            open_[:, end:] = False
-            confidence = confidence.masked_fill(~open_, -torch.inf)
+            drawn, confidence = _draw(logits, temperature, remasking, generator)
+            confidence = confidence.masked_fill(ids[:, rows] != mask_id, -torch.inf)
             chosen = confidence.topk(count, dim=-1).indices
-            ids = ids.scatter(1, chosen, drawn.gather(1, chosen))
+            ids = ids.scatter(1, chosen + start, drawn.gather(1, chosen))
             yield ids
 
 
@@ -181,22 +174,50 @@ def _prepare(
 
 
 def _guided_logits(
-    adapter: Adapter, ids: Tensor, valid: Tensor | None, prompt_length: int, mask_id: int, cfg_scale: float
+    adapter: Adapter,
+    ids: Tensor,
+    valid: Tensor | None,
+    prompt_length: int,
+    mask_id: int,
+    cfg_scale: float,
+    rows: slice,
 ) -> Tensor:
-    """Logits ``[B, L, V]``; with guidance both halves run in one batch, the conditional one first."""
+    """Logits ``[B, R, V]`` of ``rows``; with guidance both halves run in one batch, the conditional first."""
     if cfg_scale == 0:
-        return adapter.predict(ids, valid)
+        return adapter.predict(ids, valid, rows)
     blind = ids.clone()
     blind[:, :prompt_length] = mask_id
     both = None if valid is None else torch.cat((valid, valid))
-    conditional, unconditional = adapter.predict(torch.cat((ids, blind)), both).chunk(2)
+    conditional, unconditional = adapter.predict(torch.cat((ids, blind)), both, rows).chunk(2)
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)
 
 
-def _gumbel(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """Gumbel-max noise in float64 (float32 lowers quality in masked diffusion: arXiv 2409.02908)."""
-    noise = torch.empty_like(logits, dtype=torch.float64).exponential_(generator=generator).clamp_min(1e-300)
-    return logits.double() / temperature - noise.log()
+def _draw(
+    logits: Tensor, temperature: float, remasking: str, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """A token for each row of ``[B, R, V]`` and the confidence in it, ``[B, R]`` int64 and float64.
+
+    Gumbel-max noise and probabilities in float64 (float32 noise lowers quality in masked diffusion: arXiv
+    2409.02908), a bounded number of rows at a time.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    tokens, probabilities = [], []
+    for part in flat.split(max(1, FLOAT64_ELEMENTS // flat.shape[-1])):
+        wide = part.double()
+        if temperature:
+            noise = torch.empty_like(wide).exponential_(generator=generator).clamp_min_(1e-300).log_()
+            token = (wide / temperature - noise).argmax(-1, keepdim=True)
+        else:
+            token = part.argmax(-1, keepdim=True)
+        tokens.append(token)
+        if remasking == "low_confidence":
+            probabilities.append((wide.gather(-1, token) - wide.logsumexp(-1, keepdim=True)).exp())
+        else:
+            size = token.shape
+            draw = torch.rand(size, device=token.device, generator=generator, dtype=torch.float64)
+            probabilities.append(draw)
+    shape = logits.shape[:-1]
+    return torch.cat(tokens).view(shape), torch.cat(probabilities).view(shape)
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

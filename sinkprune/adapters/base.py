@@ -132,9 +132,14 @@ class Adapter(ABC):
     @abstractmethod
     def mask_token_id(self) -> int | None: ...
 
-    def predict(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits ``[B, L, V]`` whose row i is the distribution of token i, the family's shift undone."""
-        return self.model(input_ids, attention_mask=attention_mask).logits
+    def predict(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
+    ) -> Tensor:
+        """Logits ``[B, R, V]`` whose row i is the distribution of token i of ``rows``.
+
+        A family undoes its own shift here, and runs its LM head on those rows only where it can.
+        """
+        return self.model(input_ids, attention_mask=attention_mask).logits[:, rows]
 
     def refuse_compact(self) -> str | None:
         """Why this model can't take the compact form, or None where it can."""

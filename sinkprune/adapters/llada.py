@@ -88,6 +88,11 @@ class NativeLLaDA(Adapter):
         target = block if block.attention is None else block.attention
         return target.observer is not None
 
+    def predict(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
+    ) -> Tensor:
+        return self.model(input_ids, attention_mask=attention_mask, rows=rows).logits
+
     def refuse_compact(self) -> str | None:
         if self.model.config.attention_layer_norm:
             return "its qk-norm runs over the full width and mixes the heads (attention_layer_norm=true)"

@@ -251,5 +251,8 @@ class LLaDA(nn.Module):
         )
         return logits / self.config.d_model**0.5 if self.config.scale_logits else logits
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> DLMOutput:
-        return DLMOutput(self.head(self.hidden(input_ids, attention_mask)))
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
+    ) -> DLMOutput:
+        """Logits of ``rows`` (default: of every token); the LM head runs on those only."""
+        return DLMOutput(self.head(self.hidden(input_ids, attention_mask)[:, rows]))
