@@ -1,4 +1,4 @@
-"""Building and loading the extension: wishes are honoured, and what is missing leaves a reason, not a crash."""
+"""Building and loading the extension: wishes are honoured, and what is missing leaves a reason, no crash."""
 
 import importlib.util
 import os
