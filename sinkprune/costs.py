@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def block_parameters(geometry: Geometry, layer: int, heads: int, kv_heads: int, channels: int) -> int:
-    """Weights of a block's matrices: q, o (``heads``), k, v (``kv_heads``), gate, up, down (``channels``)."""
-    return geometry.hidden * (2 * geometry.head_dim * (heads + kv_heads) + 3 * channels)
+    """Weights of a block's matrices: q, o (``heads``), k, v (``kv_heads``), the MLP's (``channels``)."""
+    return geometry.hidden * (2 * geometry.head_dim * (heads + kv_heads) + geometry.mlp_matrices * channels)
 
 
 def layer_sizes(geometry: Geometry, layer: int, kept: LayerPlan | None) -> tuple[int, int, int]:

@@ -26,6 +26,8 @@ class AttentionCall(NamedTuple):
     query_positions: Tensor | None = None  # int [B, Lq], -1 = padded
     key_positions: Tensor | None = None  # int [B, Lk]
     scale: float | None = None
+    # Any other visibility, bool (True = seen) or added to the scores, broadcastable to [B, H, Lq, Lk].
+    mask: Tensor | None = None
 
 
 AttentionObserver = Callable[[AttentionCall], None]

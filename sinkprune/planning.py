@@ -292,7 +292,7 @@ def _remove_parameters(
     fewest = _remove_heads(geometry, units, float("inf"), allocation, min_heads, by_parameters=True)
     every_head = [LayerPlan(heads) for heads in fewest]
     head_pool = total - model_block_parameters(geometry, PrunePlan(geometry, "", every_head))
-    mlp_pool = 3 * geometry.hidden * sum(c - 1 for c in geometry.channels)
+    mlp_pool = geometry.mlp_matrices * geometry.hidden * sum(max(0, c - 1) for c in geometry.channels)
     pools = {"heads": head_pool if "heads" in targets else 0, "mlp": mlp_pool if "mlp" in targets else 0}
     reachable = sum(pools.values())
     if ratio * total > reachable + 0.5:
@@ -306,7 +306,7 @@ def _remove_parameters(
         return kept, [None] * geometry.num_layers
     # Heads come in lumps: the channels make up the difference, so that the total is what was asked for.
     taken = total - model_block_parameters(geometry, PrunePlan(geometry, "", [LayerPlan(h) for h in kept]))
-    rest = (ratio * total - taken) / (3 * geometry.hidden * sum(geometry.channels))
+    rest = (ratio * total - taken) / (geometry.mlp_matrices * geometry.hidden * sum(geometry.channels))
     channels: list[list[int] | None] = []
     for layer, width in enumerate(geometry.channels):
         keep = min(width, max(1, width - round(rest * width)))

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sinkprune import ops
 from sinkprune.adapters import Adapter, Geometry, adapter_for
+from sinkprune.adapters.base import is_compiled
 from sinkprune.generation import denoise, encode_prompts
 from sinkprune.modules import AttentionCall
 from sinkprune.sinks import SinkGate, SinkStatistics, SinkTracker
@@ -224,6 +225,12 @@ class ModelTracker:
             )
         mask = None if call.key_padding_mask is None else call.key_padding_mask[:samples]
         self._seen = (mask, length)
+        if call.mask is not None:
+            self.tracker.mass[layer][:, :, :length] = masked_column_mass(
+                call, self._counted_queries(call, samples), samples
+            )
+            self.tracker.mass[layer][:, :, length:] = 0
+            return
         ops.column_mass(
             call.query[:samples],
             call.key[:samples],
@@ -259,6 +266,32 @@ class ModelTracker:
         self._forwards += 1
 
 
+def masked_column_mass(call: AttentionCall, query_positions: Tensor | None, samples: int) -> Tensor:
+    """The column mass of a call with any other mask: float32 ``[samples, H, Lk]``, from probabilities of one
+    head at a time.
+
+    The mean over the queries that see a key and are not padded (``query_positions`` -1).
+    """
+    query, key, mask = call.query[:samples].float(), call.key[:samples].float(), call.mask
+    assert mask is not None
+    heads, group = query.shape[1], query.shape[1] // max(1, key.shape[1])
+    scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    owner = [head // group for head in range(heads)] if call.kv_head_of is None else call.kv_head_of.tolist()
+    mask = mask.expand(query.shape[0] if mask.shape[0] == 1 else mask.shape[0], *mask.shape[1:])[:samples]
+    mass = query.new_zeros(samples, heads, key.shape[2])
+    for head in range(heads) if call.kept_heads is None else call.kept_heads.tolist():
+        scores = query[:, head] @ key[:, owner[head]].mT * scale  # [samples, Lq, Lk]
+        layer_mask = mask[:, min(head, mask.shape[1] - 1)]
+        if layer_mask.dtype != torch.bool:
+            scores, layer_mask = scores + layer_mask, layer_mask > torch.finfo(layer_mask.dtype).min / 2
+        counted = layer_mask.any(-1).expand(scores.shape[:2])
+        if query_positions is not None:
+            counted = counted & (query_positions >= 0)
+        weights = scores.masked_fill(~layer_mask, -torch.inf).softmax(-1).masked_fill(~counted[..., None], 0)
+        mass[:, head] = weights.sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
+    return mass
+
+
 @contextmanager
 def track(
     model: nn.Module,
@@ -287,7 +320,7 @@ def track(
         RuntimeError: the model is being tracked already, or is compiled (hooks added after compilation never
             fire).
     """
-    if hasattr(model, "_orig_mod"):
+    if is_compiled(model):
         raise RuntimeError("the model is compiled: track the original model first, then compile it")
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
@@ -347,9 +380,10 @@ def profile(
             rows, mask = ids[first : first + batch].to(device), valid[first : first + batch].to(device)
             narrow = int(mask.any(0).float().argmax())  # padding that this part of the batch does not need
             with track(model, samples=len(rows), gate=gate, trace=True, max_steps=steps) as tracker:
-                stream = denoise(
-                    model, rows[:, narrow:], mask[:, narrow:], steps=steps, gen_length=gen_length, **options
-                )
+                rows, mask = rows[:, narrow:], mask[:, narrow:]
+                stream = adapter.sample(rows, mask, steps, gen_length, options)
+                if stream is None:
+                    stream = denoise(model, rows, mask, steps=steps, gen_length=gen_length, **options)
                 for _ in stream:
                     bar.update()
             parts.append(tracker.result())

@@ -23,8 +23,8 @@ def apply(model: nn.Module, plan: PrunePlan, mode: str = "compact", *, low_memor
             failure half-way then leaves the model part compact; without it, the model is as it was.
 
     Raises:
-        ValueError: a model that is pruned already, a plan for another model, or a layer that can't be
-            compacted.
+        ValueError: a model that is pruned already, compiled, sharded, on ``meta`` or with layers that share
+            weights; a plan for another model; a layer that can't be compacted.
     """
     adapter = adapter_for(model)
     if mode not in ("compact", "mask"):
@@ -37,6 +37,8 @@ def apply(model: nn.Module, plan: PrunePlan, mode: str = "compact", *, low_memor
         )
     if plan.fingerprint and plan.fingerprint != adapter.fingerprint():
         raise ValueError("the plan was made for other weights: its fingerprint differs from the model's")
+    kept = plan.layers
+    adapter.check([layer.kept_heads for layer in kept], [layer.kept_channels for layer in kept], mode)
     if mode == "mask":
         _mask(adapter, plan)
     else:
@@ -78,11 +80,12 @@ def install_compact(model: nn.Module, plan: PrunePlan, *, low_memory: bool = Fal
         adapter.install(layer, *modules[layer])
 
 
-def compact_layer(
-    adapter: Adapter, plan: PrunePlan, layer: int
-) -> tuple[SinkPrunedAttention, CompactMLP | None]:
+def compact_layer(adapter: Adapter, plan: PrunePlan, layer: int) -> tuple[nn.Module, nn.Module | None]:
     """The compact modules of ``layer``, beside the dense tensors they were packed from."""
     kept = plan.layers[layer]
+    own = adapter.compact(layer, kept.kept_heads, kept.kept_channels)
+    if own is not None:
+        return own
     attention = compact_attention(
         adapter.attention_weights(layer), adapter.geometry(), layer, kept.kept_heads
     )
@@ -116,6 +119,8 @@ def compact_attention(
 @torch.no_grad()
 def compact_mlp(weights: MLPWeights, channels: list[int]) -> CompactMLP:
     """Pack the kept channels of a gated MLP, gate and up fused."""
+    if weights.gate is None:
+        raise ValueError("this MLP is not gated, and CompactMLP is")
     gate_up, down = native.pack_mlp(weights.gate, weights.up, weights.down, channels)
     bias = None
     if weights.gate_bias is not None and weights.up_bias is not None:

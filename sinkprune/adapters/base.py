@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,10 @@ from sinkprune.modules import AttentionCall
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a dense model. ``heads``, ``kv_heads`` and ``channels`` have one entry per layer."""
+    """Sizes of a dense model. ``heads``, ``kv_heads`` and ``channels`` have one entry per layer.
+
+    ``mlp_matrices`` of a layer's MLP: 3 where it is gated, 2 where it is not.
+    """
 
     family: str
     hidden: int
@@ -30,6 +33,7 @@ class Geometry:
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     channels: tuple[int, ...]
+    mlp_matrices: int = 3
 
     @property
     def num_layers(self) -> int:
@@ -75,9 +79,10 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class MLPWeights:
-    """A layer's dense gated MLP: gate and up ``[channels, hidden]``, down ``[hidden, channels]``."""
+    """A layer's dense MLP: gate (None where it is not gated) and up ``[channels, hidden]``, down
+    ``[hidden, channels]``."""
 
-    gate: Tensor
+    gate: Tensor | None
     up: Tensor
     down: Tensor
     gate_bias: Tensor | None = None
@@ -141,6 +146,41 @@ class Adapter(ABC):
         """
         return self.model(input_ids, attention_mask=attention_mask).logits[:, rows]
 
+    def sample(
+        self, input_ids: Tensor, attention_mask: Tensor, steps: int, gen_length: int, options: dict[str, Any]
+    ) -> Iterator[Any] | None:
+        """The family's own sampler for ``profile``, one item a forward, where masked denoising does not fit
+        it; None = ``denoise``."""
+        return None
+
+    def compact(
+        self, layer: int, kept_heads: list[int], kept_channels: list[int] | None
+    ) -> tuple[nn.Module, nn.Module | None] | None:
+        """What ``install`` takes, where not a ``SinkPrunedAttention`` and a ``CompactMLP``; None = those.
+
+        Reads the dense tensors and leaves them as they are. Works on ``meta`` tensors too.
+        """
+        return None
+
+    def check(self, kept_heads: list[list[int]], kept_channels: list[list[int] | None], mode: str) -> None:
+        """Raise ``ValueError``, before anything changes, where this model can't take such a plan in ``mode``.
+
+        Args:
+            kept_heads, kept_channels: of every layer.
+            mode: ``"mask"`` or ``"compact"``.
+        """
+        check_ready(self.model)
+        owners: dict[Any, int] = {}
+        for layer in range(self.geometry().num_layers):
+            if kept_channels[layer] is not None:
+                self.mlp_weights(layer)  # a family without prunable channels says so here
+            weight = self.attention_weights(layer).q
+            first = owners.setdefault(_storage(weight), layer)
+            if first != layer:
+                raise ValueError(
+                    f"layers {first} and {layer} share their attention weights: pruning one would prune both"
+                )
+
     def refuse_compact(self) -> str | None:
         """Why this model can't take the compact form, or None where it can."""
         return None
@@ -171,6 +211,31 @@ class Adapter(ABC):
         return digest.hexdigest()
 
 
+def check_ready(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a model that can't be changed as it is: compiled, sharded, or on ``meta``."""
+    if is_compiled(model):
+        raise ValueError("the model is compiled: prune the original model, then compile it")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device (not loaded, or offloaded): load the weights first"
+            )
+        if hasattr(parameter, "placements"):
+            raise ValueError(f"{name} is a tensor-parallel shard: prune the whole model, then shard it")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``model``, or a module in it, goes through ``torch.compile`` (of modules, or in place)."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def _storage(weight: Tensor) -> Any:
+    return weight.data_ptr() if weight.numel() and not weight.is_meta else id(weight)
+
+
 _FAMILIES: list[type[Adapter]] = []
 
 
@@ -182,6 +247,8 @@ def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
 
 def adapter_for(model: nn.Module) -> Adapter:
     """The adapter that recognises ``model``. Raises ``TypeError`` naming the families that were tried."""
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("the model is compiled: pass the original model, and compile it afterwards")
     for family in _FAMILIES:
         if family.recognises(model):
             return family(model)

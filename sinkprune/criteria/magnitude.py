@@ -31,11 +31,12 @@ class Magnitude(HeadCriterion):
         for layer in range(geometry.num_layers):
             weights = adapter.attention_weights(layer)
             shared = torch.tensor(geometry.kv_head_of(layer))
+            width = weights.q.shape[0] // geometry.heads[layer]  # a family's layers may differ in it
             per_head = [
-                _squares(weights.q, geometry.head_dim),
-                _squares(weights.o.T, geometry.head_dim),
-                _squares(weights.k, geometry.head_dim)[shared],
-                _squares(weights.v, geometry.head_dim)[shared],
+                _squares(weights.q, width),
+                _squares(weights.o.T, width),
+                _squares(weights.k, width)[shared],
+                _squares(weights.v, width)[shared],
             ]
             scores[layer, : geometry.heads[layer]] = torch.stack(per_head).sum(0).sqrt()
         return scores
@@ -43,7 +44,7 @@ class Magnitude(HeadCriterion):
 
 def channel_magnitude(weights: MLPWeights) -> Tensor:
     """Root of the summed squares of each MLP channel's gate, up and down weights: float32 ``[channels]``."""
-    parts = (weights.gate, weights.up, weights.down.T)
+    parts = [weights.up, weights.down.T] + ([] if weights.gate is None else [weights.gate])
     return torch.stack([part.detach().float().square().sum(1) for part in parts]).sum(0).sqrt().cpu()
 
 
