@@ -69,7 +69,16 @@ def _load() -> tuple[ModuleType | None, str]:
         spec.loader.exec_module(module)
     except (ImportError, OSError) as error:
         return None, f"built, but it could not be loaded: {error}"
+    for op in (
+        "gather_",
+        "column_mass_",
+    ):  # they write into their outputs and return nothing, also on fake tensors
+        torch.library.register_fake(f"sinkprune_native::{op}", _nothing)
     return module, ""
+
+
+def _nothing(*arguments: object) -> None:
+    """The shape function of an op that returns nothing."""
 
 
 def available() -> bool:

@@ -291,3 +291,19 @@ def test_the_native_op_refuses_by_itself_what_the_wrappers_never_send() -> None:
     ]:
         with pytest.raises(RuntimeError, match=message):
             gather(outs, sources, index, pieces, dims)
+
+
+def test_the_ops_keep_the_promises_of_their_schemas() -> None:
+    """What each writes is what its schema says, on real tensors and on fake ones."""
+    if not native.available():
+        pytest.skip(f"the extension is not available: {native.why_not()}")
+    checks = ("test_schema", "test_faketensor")
+    ids = torch.tensor([0, 2])
+    gather = torch.ops.sinkprune_native.gather_.default
+    torch.library.opcheck(
+        gather, ([torch.zeros(4, 3)], [torch.ones(8, 3)], [ids], [2], [0]), test_utils=checks
+    )
+    q, lse = torch.randn(1, 2, 5, 4), torch.ones(1, 2, 5)
+    heads = torch.arange(2)
+    arguments = (torch.zeros(1, 2, 5), q, q.clone(), lse, heads, heads, None, None, None, None, 0.5, 0, 1)
+    torch.library.opcheck(torch.ops.sinkprune_native.column_mass_.default, arguments, test_utils=checks)
