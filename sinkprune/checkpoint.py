@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
+from sinkprune.models.dream import Dream, DreamConfig
 from sinkprune.models.llada import MODEL_TYPE, LLaDA, LLaDAConfig
 from sinkprune.planning import PrunePlan
 from sinkprune.repacking import apply, install_compact, mark
@@ -33,6 +34,7 @@ SHARD_BYTES = 4 * 10**9
 # model_type of a config.json -> a function that lays the model out from the parsed config
 NATIVE: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     MODEL_TYPE: lambda config: LLaDA(LLaDAConfig.from_dict(config)),
+    "Dream": lambda config: Dream(DreamConfig.from_dict(config)),
 }
 
 

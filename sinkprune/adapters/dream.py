@@ -1,0 +1,97 @@
+"""The native Dream of ``sinkprune.models.dream``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from sinkprune.adapters.base import (
+    Adapter,
+    AttentionWeights,
+    Geometry,
+    LayerObserver,
+    MLPWeights,
+    register_adapter,
+)
+from sinkprune.models.dream import Dream, DreamAttention, DreamLayer, DreamMLP
+
+
+@register_adapter
+class NativeDream(Adapter):
+    """Compact modules take the place of ``layer.self_attn`` and ``layer.mlp``."""
+
+    family = "dream"
+    model: Dream
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        return isinstance(model, Dream)
+
+    def _layer(self, layer: int) -> DreamLayer:
+        return cast(DreamLayer, self.model.layers[layer])
+
+    def geometry(self) -> Geometry:
+        config = self.model.config
+        return Geometry(
+            family=self.family,
+            hidden=config.hidden_size,
+            head_dim=config.head_dim,
+            vocabulary=config.vocab_size,
+            context=config.max_position_embeddings,
+            heads=(config.num_attention_heads,) * config.num_hidden_layers,
+            kv_heads=(config.kv_heads,) * config.num_hidden_layers,
+            channels=(config.intermediate_size,) * config.num_hidden_layers,
+        )
+
+    @property
+    def mask_token_id(self) -> int | None:
+        return self.model.config.mask_token_id
+
+    def attention_weights(self, layer: int) -> AttentionWeights:
+        dense = cast(DreamAttention, self._layer(layer).self_attn)
+        return AttentionWeights(
+            dense.q_proj.weight, dense.k_proj.weight, dense.v_proj.weight, dense.o_proj.weight,
+            dense.q_proj.bias, dense.k_proj.bias, dense.v_proj.bias,
+        )  # fmt: skip
+
+    def mlp_weights(self, layer: int) -> MLPWeights:
+        dense = cast(DreamMLP, self._layer(layer).mlp)
+        return MLPWeights(dense.gate_proj.weight, dense.up_proj.weight, dense.down_proj.weight)
+
+    def install(self, layer: int, attention: nn.Module | None, mlp: nn.Module | None) -> None:
+        block = self._layer(layer)
+        if attention is not None:
+            block.self_attn = attention
+        if mlp is not None:
+            block.mlp = mlp
+
+    def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
+        block = self._layer(layer)
+        cast(DreamAttention, block.self_attn).kept_heads = heads
+        cast(DreamMLP, block.mlp).kept_channels = channels
+
+    def observe(self, observer: LayerObserver | None) -> None:
+        for layer in range(len(self.model.layers)):
+            attention = cast(DreamAttention, self._layer(layer).self_attn)
+            attention.observer = None if observer is None else partial(observer, layer)
+
+    def observed(self) -> bool:
+        return self._layer(0).self_attn.observer is not None
+
+    def predict(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
+    ) -> Tensor:
+        sources = shifted_rows(input_ids, rows)
+        return self.model(input_ids, attention_mask=attention_mask, rows=sources).logits
+
+
+def shifted_rows(input_ids: Tensor, rows: slice = slice(None)) -> Tensor:
+    """The rows of Dream's logits that predict the tokens at ``rows``: the one before each.
+
+    Row 0 also serves the first token, which no row predicts, as in the published sampler.
+    """
+    tokens = torch.arange(input_ids.shape[1], device=input_ids.device)[rows]
+    return (tokens - 1).clamp(min=0)
