@@ -195,3 +195,26 @@ def test_bad_arguments_raise_and_name_what_was_expected(change: dict, error: str
     arguments = {"q": q, "k": k, "lse": lse_of(q, k), **change}
     with pytest.raises((ValueError, TypeError), match=error):
         native.column_mass(arguments.pop("q"), arguments.pop("k"), arguments.pop("lse"), **arguments)
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux keeps the peak of memory use"
+)
+def test_memory_stays_far_below_the_scores() -> None:
+    """At most an eighth of the score matrix, in a process of its own: here a few per cent of it."""
+    code = (
+        "import torch\nfrom sinkprune import native\n"
+        "def held(field):\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))\n"
+        "q, k = torch.randn(2, 1, 8, 1024, 64)\n"
+        "lse, out = torch.full((1, 8, 1024), 12.0), torch.zeros(1, 8, 1024)\n"
+        "native.column_mass(q[:, :, :32], k[:, :, :32], lse[:, :, :32])\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        "before = held('VmRSS')\n"
+        "native.column_mass(q, k, lse, out=out)\n"
+        "print(held('VmHWM') - before)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) <= 8 * 1024 * 1024 * 4 // 8
