@@ -328,7 +328,7 @@ def track(
     if adapter.observed():
         raise RuntimeError("the model is being tracked already; nested tracks are not supported")
     tracker = ModelTracker(adapter, samples, every, {"gate": gate, "trace": trace, "max_steps": max_steps})
-    hook = model.register_forward_hook(lambda module, inputs, output: tracker.end_step())
+    hook = adapter.step_module.register_forward_hook(lambda module, inputs, output: tracker.end_step())
     adapter.observe(tracker.observe)
     try:
         yield tracker
@@ -373,6 +373,7 @@ def profile(
     adapter = adapter_for(model)
     device = next(model.parameters()).device
     parts: list[SinkStatistics] = []
+    padding: list[Tensor] = []  # on the left of each sample, so that positions count from its first token
     with tqdm(
         total=steps * -(-len(ids) // batch), desc="profiling", unit="step", disable=not progress
     ) as bar:
@@ -387,18 +388,20 @@ def profile(
                 for _ in stream:
                     bar.update()
             parts.append(tracker.result())
+            padding.append((mask.cumsum(1) == 0).sum(1))
     used = gate or SinkGate()
     settings = {"steps": steps, "gen_length": gen_length, "prompts": len(ids), **options}
     settings["gate"] = {"fair_share": used.fair_share, "sigma": used.sigma}
     first_part = parts[0]
     assert first_part.trace_positions is not None and first_part.trace_mass is not None
+    trace = first_part.trace_positions[:, :, 0]
     heads = [adapter.kept_heads(i) for i in range(adapter.geometry().num_layers)]
     result = SinkProfile(
         geometry=adapter.geometry(),
         fingerprint=adapter.fingerprint(),
         heads=heads,
-        statistics=_collect(parts),
-        trace_positions=first_part.trace_positions[:, :, 0].to(torch.int16).cpu(),
+        statistics=_collect(parts, padding),
+        trace_positions=(trace - padding[0][0]).clamp(min=-1).to(torch.int16).cpu(),
         trace_mass=first_part.trace_mass[:, :, 0].half().cpu(),
         settings=settings,
     )
@@ -416,17 +419,17 @@ def _kept_columns(values: Tensor, heads: list[list[int]]) -> Tensor:
     return torch.stack([layer[:, ids[:width]] for layer, ids in zip(values, order, strict=True)])
 
 
-def _collect(parts: list[SinkStatistics]) -> dict[str, Tensor]:
-    """Statistics of several batches side by side, on the CPU."""
+def _collect(parts: list[SinkStatistics], padding: list[Tensor]) -> dict[str, Tensor]:
+    """Statistics of several batches side by side, on the CPU; ``padding`` ``[B]`` is each sample's on the left."""
     columns: dict[str, list[Tensor]] = {}
-    for part in parts:
+    for part, shift in zip(parts, padding, strict=True):
         counted = part.position.count > 0
         values = {"mass": part.mass, "margin": part.margin, "fair_shares": part.fair_shares}
         named = {name: value.masked_fill(~counted, torch.nan) for name, value in values.items()}
         for prefix, moments in (("", part.position), ("gated_", part.gated)):
             none = moments.count == 0
             named[f"{prefix}steps_counted"] = moments.count
-            named[f"{prefix}position_mean"] = moments.mean
+            named[f"{prefix}position_mean"] = moments.mean - shift[:, None]
             named[f"{prefix}position_variance"] = moments.variance.masked_fill(none, torch.nan)
             named[f"{prefix}position_range"] = moments.range.masked_fill(none, torch.nan)
             named[f"{prefix}moves"] = moments.moves

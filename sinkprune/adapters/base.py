@@ -146,6 +146,11 @@ class Adapter(ABC):
         """
         return self.model(input_ids, attention_mask=attention_mask).logits[:, rows]
 
+    @property
+    def step_module(self) -> nn.Module:
+        """The module each of whose forwards is one denoising step."""
+        return self.model
+
     def sample(
         self, input_ids: Tensor, attention_mask: Tensor, steps: int, gen_length: int, options: dict[str, Any]
     ) -> Iterator[Any] | None:

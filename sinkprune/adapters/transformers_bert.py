@@ -1,0 +1,65 @@
+"""BERT and transformers encoders of its tree."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from sinkprune.adapters.base import register_adapter
+from sinkprune.adapters.transformers_attention import TransformersAdapter, is_transformers_model
+
+
+@register_adapter
+class TransformersBert(TransformersAdapter):
+    """``encoder.layer.{i}.attention.self.{query,key,value}``, ``attention.output.dense``, and an MLP of two
+    matrices: ``intermediate.dense``, ``output.dense``."""
+
+    family = "transformers encoder (BERT)"
+    head_dim_name = "attention_head_size"
+    mlp_matrices = 2
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        if not is_transformers_model(model):
+            return False
+        blocks = _layers(model)
+        return bool(blocks) and all(_fits(block) for block in blocks)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(_layers(self.model))
+
+    def attention_of(self, block: nn.Module) -> nn.Module:
+        return block.get_submodule("attention.self")
+
+    def projections_of(self, block: nn.Module) -> dict[str, nn.Module]:
+        attention = self.attention_of(block)
+        found = {role: attention.get_submodule(name) for role, name in zip("qkv", _QKV, strict=True)}
+        return found | {"o": block.get_submodule("attention.output.dense")}
+
+    def mlp_of(self, block: nn.Module) -> dict[str, nn.Module]:
+        return {
+            "up": block.get_submodule("intermediate.dense"),
+            "down": block.get_submodule("output.dense"),
+        }
+
+
+_QKV = ("query", "key", "value")
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    for root in (model, getattr(model, str(model.base_model_prefix), None)):
+        layers = getattr(getattr(root, "encoder", None), "layer", None)
+        if isinstance(layers, nn.ModuleList):
+            return layers
+    return nn.ModuleList()
+
+
+def _fits(block: nn.Module) -> bool:
+    try:
+        attention = block.get_submodule("attention.self")
+        for name in ("attention.output.dense", "intermediate.dense", "output.dense"):
+            block.get_submodule(name)
+    except AttributeError:
+        return False
+    return all(name in cast(nn.Module, attention)._modules for name in _QKV)
