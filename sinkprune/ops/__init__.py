@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from sinkprune.ops._backends import (
     attention_refused,
     choose_attention,
     choose_column_mass,
-    column_mass_refused,
+    refuse_unknown,
 )
 from sinkprune.ops._checks import (
     Index,
@@ -97,19 +96,13 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     compact = layout == "compact"
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    irregular = heads is not None or groups is not None
-    masked = key_padding_mask is not None or block_size is not None or query_positions is not None
-    backend = _resolve(
-        backend,
-        lambda: choose_attention(q, scale, irregular, masked, needs_grad),
-        lambda: attention_refused(backend, q, scale, needs_grad),
-    )
     if not needs_grad:
         return torch.ops.sinkprune.attention.default(
             q, k, v, heads, groups, key_padding_mask, block_size, query_positions, key_positions, scale,
             compact, backend,
         )  # fmt: skip
-    if backend == "sdpa":  # an op would cut the graph, so autograd sees PyTorch's own operations
+    refuse_unknown(backend, attention_refused("sdpa" if backend == "auto" else backend, q, scale, True))
+    if backend != "reference":  # an op would cut the graph, so autograd sees PyTorch's own operations
         return _pytorch.attention(
             q, k, v, heads, groups, key_padding_mask, block_size, query_positions, key_positions, scale,
             compact, differentiable=True,
@@ -194,11 +187,6 @@ def column_mass(
     else:
         check_mass_out(out, q, lk)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = _resolve(
-        backend,
-        lambda: choose_column_mass(q, k, lse, scale),
-        lambda: column_mass_refused(backend, q, k, lse, scale),
-    )
     with torch.no_grad():
         torch.ops.sinkprune.column_mass_.default(
             q, k, lse, heads, groups, key_padding_mask, block_size, query_positions, key_positions, scale,
@@ -277,24 +265,7 @@ def sink_update(
         trace_positions, trace_mass: int32 and float32 ``[S, R]``, S = 0 for no trace.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``.
     """
-    if backend == "auto":
-        backend = (
-            "triton"
-            if mass.is_cuda and not column_mass_refused("triton", mass, mass, None, 1.0)
-            else "reference"
-        )
     torch.ops.sinkprune.sink_update_.default(
         mass, state, sample_of, key_padding_mask, num_keys, gate_share, gate_sigma, trace_positions,
         trace_mass, backend,
     )  # fmt: skip
-
-
-def _resolve(backend: str, choose: Callable[[], str], refused: Callable[[], str]) -> str:
-    if backend == "auto":
-        return choose()
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    reason = refused()
-    if reason:
-        raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
-    return backend

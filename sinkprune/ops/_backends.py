@@ -23,6 +23,14 @@ class BackendUnavailable(ValueError):
     """The forced backend cannot serve this call; the message says why."""
 
 
+def refuse_unknown(backend: str, reason: str) -> None:
+    """Raise for a name that is no backend's, and for a ``reason`` why this one cannot serve the call."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if reason:
+        raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
+
+
 @functools.cache
 def _triton_missing() -> str:
     """Why the Triton kernels cannot be imported, or an empty string."""
@@ -38,11 +46,13 @@ def _triton_refuses(q: Tensor, scale: float) -> str:
         return f"it needs a CUDA tensor, or the interpreter (TRITON_INTERPRET=1); got a tensor on {q.device}"
     if q.dtype == torch.float64:
         return "it has no float64"
-    if q.shape[3] > LARGEST_HEAD:
-        return f"its head_dim limit is {LARGEST_HEAD}, got {q.shape[3]}"
     if not scale > 0:
         return f"it needs scale > 0, got {scale}"
     return _triton_missing()
+
+
+def _head_too_wide(q: Tensor) -> str:
+    return f"its head_dim limit is {LARGEST_HEAD}, got {q.shape[3]}" if q.shape[3] > LARGEST_HEAD else ""
 
 
 def attention_refused(backend: str, q: Tensor, scale: float, needs_grad: bool) -> str:
@@ -52,7 +62,7 @@ def attention_refused(backend: str, q: Tensor, scale: float, needs_grad: bool) -
     if backend == "native":
         return "the native extension has no attention"
     if backend == "triton":
-        return "it has no gradients" if needs_grad else _triton_refuses(q, scale)
+        return "it has no gradients" if needs_grad else _triton_refuses(q, scale) or _head_too_wide(q)
     if q.device.type not in ("cpu", "cuda", "meta"):
         return f"it runs on CPU and CUDA, got {q.device}"
     return ""
@@ -68,7 +78,7 @@ def choose_attention(q: Tensor, scale: float, irregular: bool, masked: bool, nee
 def column_mass_refused(backend: str, q: Tensor, k: Tensor, lse: Tensor | None, scale: float) -> str:
     """Why ``backend`` cannot serve this column mass; empty if it can."""
     if backend == "triton":
-        return _triton_refuses(q, scale)
+        return _triton_refuses(q, scale) or _head_too_wide(q)
     if backend == "native":
         from sinkprune import native
 
@@ -102,6 +112,12 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """The op's one implementation. ``out`` always lies in memory as ``[B, Lq, H, D]``, so that joining the
     heads costs no copy, and ``lse`` as ``[B, H, Lq]``."""
+    if backend == "auto":
+        masked = key_padding_mask is not None or block_size is not None or query_positions is not None
+        irregular = kept_heads is not None or kv_head_of is not None
+        backend = choose_attention(q, scale, irregular, masked, needs_grad=False)
+    else:
+        refuse_unknown(backend, attention_refused(backend, q, scale, needs_grad=False))
     if backend == "sdpa":
         out, lse = _pytorch.attention(
             q, k, v, kept_heads, kv_head_of, key_padding_mask, block_size, query_positions, key_positions,
@@ -146,6 +162,10 @@ def _column_mass_(
     backend: str,
 ) -> None:
     """The op's one implementation; nothing to compute is the same zeros everywhere."""
+    if backend == "auto":
+        backend = choose_column_mass(q, k, lse, scale)
+    else:
+        refuse_unknown(backend, column_mass_refused(backend, q, k, lse, scale))
     heads = q.shape[1] if kept_heads is None else kept_heads.shape[0]
     if 0 in (q.shape[0], heads, q.shape[2], k.shape[2]):
         out.zero_()
@@ -193,6 +213,11 @@ def _sink_update_(
     trace_mass: Tensor,
     backend: str,
 ) -> None:
+    refused = _triton_refuses(mass, 1.0)
+    if backend == "auto":
+        backend = "triton" if mass.is_cuda and not refused else "reference"
+    elif backend == "triton":
+        refuse_unknown(backend, refused)
     if backend == "triton":
         from sinkprune.kernels.sink_update import sink_update_
 

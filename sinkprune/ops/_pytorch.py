@@ -81,7 +81,8 @@ def _cpu_attention(
         bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf)[:, None]
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, natural = flash(q, k, v, attn_mask=bias, scale=scale)
-    return out, natural.detach() * LOG2E
+    # Its log-sum-exp lies as [B, L, H]; ours as [B, H, L], whatever the lengths.
+    return out, torch.mul(natural.detach(), LOG2E, out=natural.new_empty(natural.shape))
 
 
 def _cuda_attention(
