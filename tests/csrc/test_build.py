@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -107,6 +108,26 @@ def test_a_failing_cuda_compiler_costs_only_the_cuda_part(
     monkeypatch.setenv("SINKPRUNE_CUDA", "1")
     with pytest.raises(SystemExit, match="unsupported host compiler"):
         command.build_extension(build.Extension("sinkprune._C", []))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("with_ninja", [True, False], ids=["ninja", "no ninja"])
+def test_sources_compile_with_and_without_ninja_and_errors_are_told(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, with_ninja: bool
+) -> None:
+    find = shutil.which
+    if not with_ninja:
+        monkeypatch.setattr(
+            shutil, "which", lambda name, **rest: None if name == "ninja" else find(name, **rest)
+        )
+    good, bad = tmp_path / "go od.cpp", tmp_path / "bad.cpp"  # a space, as in a user's folder
+    good.write_text("int answer() { return 42; }\n")
+    bad.write_text("int answer() { return forty_two; }\n")
+    command = build.BuildNative(Distribution())
+    command.compile_steps([(good, tmp_path / "good.o", ["c++", "-c"])], tmp_path)
+    assert (tmp_path / "good.o").exists()
+    with pytest.raises(build.Skip, match="forty_two"):
+        command.compile_steps([(bad, tmp_path / "bad.o", ["c++", "-c"])], tmp_path)
 
 
 def test_an_extension_that_is_turned_off_or_broken_says_why(
