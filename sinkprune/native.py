@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -60,20 +61,17 @@ def _load() -> tuple[ModuleType | None, str]:
         spec = importlib.util.find_spec(name)
     if spec is None or spec.loader is None:
         note = Path(__file__).with_name("_C.skipped.txt")
-        reason = (
-            note.read_text().strip() if note.exists() else "no compiled module is installed with sinkprune"
-        )
+        reason = note.read_text().strip() if note.exists() else "no compiled module came with sinkprune"
         return None, f"not built: {reason}"
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (ImportError, OSError) as error:
         return None, f"built, but it could not be loaded: {error}"
-    for op in (
-        "gather_",
-        "column_mass_",
-    ):  # they write into their outputs and return nothing, also on fake tensors
-        torch.library.register_fake(f"sinkprune_native::{op}", _nothing)
+    sys.modules[name] = module
+    # Both write into their outputs and return nothing, on fake tensors as on real ones.
+    torch.library.register_fake("sinkprune_native::gather_", _nothing)
+    torch.library.register_fake("sinkprune_native::column_mass_", _nothing)
     return module, ""
 
 
