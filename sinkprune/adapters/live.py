@@ -1,0 +1,303 @@
+"""What adapters of live remote-code models share: our attention in the place of one call.
+
+The upstream code keeps running, with its own signatures, caches, positions and masks; its projections become
+smaller and its ``scaled_dot_product_attention`` becomes a ``LiveAttention``, which skips heads, maps query
+heads to key/value heads and shows calls to an observer. So a copy of the code that caches in another way, or
+takes other arguments, needs no adapter of its own.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sinkprune import ops
+from sinkprune.adapters.base import Adapter, AttentionWeights, LayerObserver, MLPWeights, is_compiled
+from sinkprune.modules import AttentionCall, AttentionObserver
+
+_NAME = "sinkprune_attention"  # the submodule that a live attention gets while something of ours is active
+
+
+class LiveAttention(nn.Module):
+    """Stands in for ``scaled_dot_product_attention`` in one layer; its indices move with the model and are
+    never saved.
+
+    ``kept_heads`` int ``[h]`` skips the other heads; ``kv_head_of`` int ``[n]`` is each of n query heads'
+    key/value head where heads were removed; ``key_padding_mask`` bool ``[B, Lk]`` hides padding that the
+    upstream code does not; ``observer`` sees every call.
+    """
+
+    kept_heads: Tensor | None
+    kv_head_of: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept_heads", None, persistent=False)
+        self.register_buffer("kv_head_of", None, persistent=False)
+        self.key_padding_mask: Tensor | None = None
+        self.observer: AttentionObserver | None = None
+
+    def idle(self) -> bool:
+        """Whether it does what the upstream code does, and nobody looks."""
+        ours = (self.kept_heads, self.kv_head_of, self.key_padding_mask, self.observer)
+        return all(part is None for part in ours)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """PyTorch's signature: query ``[B, H, Lq, D]``, key and value ``[B, Hkv, Lk, D]``; out as query.
+
+        ``enable_gqa`` is always on. Raises ``ValueError`` for dropout and for causal attention.
+        """
+        if dropout_p or is_causal:
+            what = f"dropout {dropout_p}: call model.eval() first" if dropout_p else "a causal mask"
+            raise ValueError(f"pruned or tracked attention of a diffusion model does not know {what}")
+        padding = self.key_padding_mask
+        padding = None if padding is None else padding.to(query.device)
+        if attn_mask is not None:
+            attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+            if attn_mask.dtype == torch.bool and attn_mask.shape[1:3] == (1, 1) and padding is None:
+                padding, attn_mask = attn_mask[:, 0, 0].expand(query.shape[0], -1), None
+        heads, owner = self.kept_heads, self.kv_head_of
+        if attn_mask is None:
+            out, lse = ops.attention(
+                query, key, value, kept_heads=heads, kv_head_of=owner, key_padding_mask=padding, scale=scale
+            )
+        else:
+            out, lse = self._masked(query, key, value, attn_mask, scale), None
+        if self.observer is not None:
+            call = AttentionCall(query, key, lse, heads, owner, padding, scale=scale)
+            self.observer(call if attn_mask is None else _with_mask(call, attn_mask))
+        return out
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+        """PyTorch's attention of the kept heads under any mask: ``[B, H, Lq, D]``, zeros where not kept."""
+        owner, chosen = self.kv_head_of, query
+        if owner is None and (self.kept_heads is not None or key.shape[1] != query.shape[1]):
+            owner = torch.arange(query.shape[1], device=query.device) // (query.shape[1] // key.shape[1])
+        if mask.shape[1] > 1 and self.kv_head_of is not None:
+            raise ValueError("a compact layer does not know an attention bias of every head")
+        if self.kept_heads is not None and owner is not None:
+            chosen, owner = query.index_select(1, self.kept_heads), owner.index_select(0, self.kept_heads)
+            mask = mask if mask.shape[1] == 1 else mask.index_select(1, self.kept_heads)
+        if owner is not None:
+            key, value = key.index_select(1, owner), value.index_select(1, owner)
+        out = F.scaled_dot_product_attention(chosen, key, value, attn_mask=mask, scale=scale)
+        return out if self.kept_heads is None else torch.zeros_like(query).index_copy(1, self.kept_heads, out)
+
+
+def _with_mask(call: AttentionCall, mask: Tensor) -> AttentionCall:
+    """The call with its mask, and with the padding in it: keys that no query sees, as queries and as keys."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    padding = seen.any(1).any(1).expand(call.query.shape[0], keys)
+    index = torch.arange(queries, dtype=torch.int32, device=mask.device)
+    positions = torch.where(padding, index, -1) if queries == keys else None
+    return call._replace(key_padding_mask=padding, query_positions=positions, mask=mask)
+
+
+class LiveAdapter(Adapter):
+    """An adapter of upstream code: a family says where its layers, projections and attention call are."""
+
+    @abstractmethod
+    def sites(self) -> list[nn.Module]:
+        """Of every layer, the module that holds the attention call."""
+
+    @abstractmethod
+    def attention_linears(self, layer: int) -> dict[str, nn.Module]:
+        """The attention's linear layers by role: ``q k v o``."""
+
+    @abstractmethod
+    def mlp_linears(self, layer: int) -> dict[str, nn.Module]:
+        """The MLP's by role: ``gate up down``. Raises ``ValueError`` naming why its channels can't be
+        pruned."""
+
+    @abstractmethod
+    def enter(self, site: nn.Module, attention: LiveAttention) -> None:
+        """Put ``attention`` in the place of the site's attention call."""
+
+    @abstractmethod
+    def leave(self, site: nn.Module) -> None:
+        """Undo ``enter``."""
+
+    @abstractmethod
+    def resize(self, site: nn.Module, heads: int, kv_heads: int) -> None:
+        """Tell the upstream code how many heads its projections give now."""
+
+    def attention_weights(self, layer: int) -> AttentionWeights:
+        return AttentionWeights(**_tensors(self.attention_linears(layer), layer))
+
+    def mlp_weights(self, layer: int) -> MLPWeights:
+        return MLPWeights(**_tensors(self.mlp_linears(layer), layer))
+
+    def predict(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
+    ) -> Tensor:
+        """Logits as in ``Adapter.predict``. Padding is honoured whether or not the upstream code does."""
+        if attention_mask is None:
+            return self.model(input_ids).logits[:, rows]
+        self._require_uncompiled()
+        valid = attention_mask.bool()
+        layers = [self._live(layer) for layer in range(len(self.sites()))]
+        try:
+            for live in layers:
+                live.key_padding_mask = valid
+            return self.model(input_ids).logits[:, rows]
+        finally:
+            for layer, live in enumerate(layers):
+                live.key_padding_mask = None
+                self._release(layer)
+
+    def check(self, kept_heads: list[list[int]], kept_channels: list[list[int] | None], mode: str) -> None:
+        super().check(kept_heads, kept_channels, mode)
+        dropout = getattr(cast(Any, self.model).config, "attention_dropout", 0.0)
+        if self.model.training and dropout:
+            raise ValueError(
+                f"the model is in training mode with attention dropout {dropout}: call model.eval()"
+            )
+        if mode == "mask":
+            return
+        for layer, heads in enumerate(kept_heads):
+            if not heads:
+                raise ValueError(
+                    f"layer {layer} keeps no heads, and the upstream code needs one: plan with min_heads=1, "
+                    "or use mode='mask'"
+                )
+            linears = dict(self.attention_linears(layer))
+            if kept_channels[layer] is not None:
+                linears |= self.mlp_linears(layer)
+            for role, linear in linears.items():
+                if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+                    raise ValueError(
+                        f"the {role} projection of layer {layer} is a {type(linear).__name__} (quantised, "
+                        "sharded or wrapped), which can't be repacked; use mode='mask'"
+                    )
+
+    @torch.no_grad()
+    def compact(
+        self, layer: int, kept_heads: list[int], kept_channels: list[int] | None
+    ) -> tuple[nn.Module, nn.Module | None]:
+        geometry = self.geometry()
+        used = geometry.kv_heads_used(layer, kept_heads)
+        ids = {"q": kept_heads, "k": used, "v": used, "o": kept_heads}
+        width = geometry.head_dim
+        packed = {r: _narrow(m, ids[r], width, r == "o") for r, m in self.attention_linears(layer).items()}
+        owner = geometry.kv_head_of(layer)
+        attention = _Packed(packed, [used.index(owner[head]) for head in kept_heads], len(used))
+        if kept_channels is None:
+            return attention, None
+        linears = self.mlp_linears(layer).items()
+        return attention, nn.ModuleDict({r: _narrow(m, kept_channels, 1, r == "down") for r, m in linears})
+
+    def install(self, layer: int, attention: nn.Module | None, mlp: nn.Module | None) -> None:
+        if mlp is not None:
+            for role, linear in self.mlp_linears(layer).items():
+                _take_over(linear, mlp.get_submodule(role))
+        if isinstance(attention, _Packed):
+            for role, linear in self.attention_linears(layer).items():
+                _take_over(linear, attention.linears[role])
+            site = self.sites()[layer]
+            self.resize(site, len(attention.kv_head_of), attention.kv_heads)
+            device = next(attention.parameters()).device
+            self._live(layer).kv_head_of = torch.tensor(attention.kv_head_of, device=device)
+
+    def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
+        self._live(layer).kept_heads = heads
+        self._release(layer)
+        site = self.sites()[layer]
+        handle = site.__dict__.pop("sinkprune_channels", None)
+        if handle is not None:
+            handle.remove()
+        if channels is not None:
+            down = cast(nn.Linear, self.mlp_linears(layer)["down"])
+            keep = torch.zeros(down.in_features, dtype=torch.bool, device=channels.device)
+            hook = partial(_zero_channels, keep.index_fill(0, channels, True))
+            site.__dict__["sinkprune_channels"] = down.register_forward_pre_hook(hook)
+
+    def observe(self, observer: LayerObserver | None) -> None:
+        for layer in range(len(self.sites())):
+            self._live(layer).observer = None if observer is None else partial(observer, layer)
+            self._release(layer)
+
+    def observed(self) -> bool:
+        live = self.sites()[0]._modules.get(_NAME)
+        return live is not None and live.observer is not None
+
+    def _live(self, layer: int) -> LiveAttention:
+        """The layer's ``LiveAttention``, put in place where there is none."""
+        site = self.sites()[layer]
+        if site._modules.get(_NAME) is None:
+            site.add_module(_NAME, LiveAttention())
+            self.enter(site, cast(LiveAttention, site._modules[_NAME]))
+        return cast(LiveAttention, site._modules[_NAME])
+
+    def _release(self, layer: int) -> None:
+        """Give the upstream code its own attention back where nothing of ours is active."""
+        site = self.sites()[layer]
+        if cast(LiveAttention, site._modules[_NAME]).idle():
+            self.leave(site)
+            del site._modules[_NAME]
+
+    def _require_uncompiled(self) -> None:
+        if is_compiled(self.model) and any(_NAME not in site._modules for site in self.sites()):
+            raise ValueError(
+                "the model is compiled: its code does not hide padding and can't be changed any more"
+            )
+
+
+class _Packed(nn.Module):
+    """A layer's smaller projections, and the key/value head of each kept query head."""
+
+    def __init__(self, linears: dict[str, nn.Module], kv_head_of: list[int], kv_heads: int) -> None:
+        super().__init__()
+        self.linears = nn.ModuleDict(linears)
+        self.kv_head_of, self.kv_heads = kv_head_of, kv_heads
+
+
+def _tensors(linears: dict[str, nn.Module], layer: int) -> dict[str, Any]:
+    """Weights and biases by role. Raises ``ValueError`` for a layer that has no weight to read."""
+    found: dict[str, Any] = {}
+    for role, linear in linears.items():
+        if not isinstance(getattr(linear, "weight", None), Tensor):
+            raise ValueError(
+                f"the {role} projection of layer {layer} is a {type(linear).__name__} without a weight "
+                "to read (quantised?)"
+            )
+        found |= {role: linear.weight, f"{role}_bias": getattr(linear, "bias", None)}
+    return found
+
+
+def _narrow(linear: nn.Module, ids: list[int], width: int, columns: bool) -> nn.Module:
+    """A new linear layer of the rows or columns of ``linear`` in ``ids``, pieces of ``width``."""
+    source = cast(nn.Linear, linear)
+    weight = ops.gather_heads(source.weight, ids, width, int(columns))
+    packed = nn.Linear(1, 1, bias=False, device="meta")  # a shell: its own weight is not wanted
+    packed.weight = nn.Parameter(weight, requires_grad=source.weight.requires_grad)
+    if source.bias is not None:
+        bias = source.bias.detach().clone() if columns else ops.gather_heads(source.bias, ids, width, 0)
+        packed.bias = nn.Parameter(bias, requires_grad=source.weight.requires_grad)
+    return packed
+
+
+def _take_over(linear: nn.Module, packed: nn.Module) -> None:
+    """Give ``linear``, which keeps its identity and its hooks, the parameters of ``packed``."""
+    target, source = cast(nn.Linear, linear), cast(nn.Linear, packed)
+    target.weight, target.bias = source.weight, source.bias
+    target.out_features, target.in_features = source.weight.shape
+
+
+def _zero_channels(keep: Tensor, down: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0] * keep.to(args[0].device), *args[1:])
