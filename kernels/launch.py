@@ -104,7 +104,7 @@ def bucket(
 ) -> tuple[str, str, str, int, int, int]:
     """What a tuned choice is filed under: lengths and grid sizes rounded up to powers of two."""
     up = tuple((max(x, 1) - 1).bit_length() for x in (rows, keys, programs))
-    return kernel, _bits(q), _head_class(q.shape[-1]), up[0], up[1], up[2]
+    return kernel, _bits(q), head_class(q.shape[-1]), up[0], up[1], up[2]
 
 
 def attention_tile(q: Tensor, *, rows: int, keys: int, programs: int) -> tuple[Tile, int]:
@@ -146,7 +146,7 @@ def choose_tile(
     """
     along, across = ("block_m", "block_n") if kernel == "attention" else ("block_n", "block_m")
     best: tuple[float, Tile, int] | None = None
-    for tile in known.tiles[kernel][bits][_head_class(head_dim)]:
+    for tile in known.tiles[kernel][bits][head_class(head_dim)]:
         held, step = getattr(tile, along), getattr(tile, across)
         blocks = -(-grid_rows // held) * programs
         at_once = multiprocessors * tile.blocks_per_sm
@@ -168,7 +168,7 @@ def _bits(q: Tensor) -> str:
     return "16" if q.element_size() == 2 else "32"
 
 
-def _head_class(head_dim: int) -> str:
+def head_class(head_dim: int) -> str:
     return next(name for name in ("64", "96", "128", "256") if head_dim <= int(name))
 
 

@@ -1,4 +1,5 @@
-"""What every test shares: where Triton kernels run, reproducible random numbers, no test left waiting on a GPU."""
+"""What every test shares: where Triton kernels run, reproducible random numbers, no test left waiting on a
+GPU."""
 
 from __future__ import annotations
 

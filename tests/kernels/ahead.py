@@ -28,10 +28,11 @@ import triton.backends.nvidia as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sinkprune.kernels import launch
-from sinkprune.kernels.attention import attention_kernel, combine_kernel, split_head_dim
-from sinkprune.kernels.column_mass import column_mass_kernel, join_shares_kernel
+from sinkprune.kernels import launch, roofline
+from sinkprune.kernels.attention import attention_kernel, split_head_dim
+from sinkprune.kernels.column_mass import column_mass_kernel
 from sinkprune.kernels.launch import Tile
+from sinkprune.kernels.sink_update import sink_update_kernel
 
 BIN = Path(nvidia.__file__).parent / "bin"
 # Per multiprocessor: registers, threads, blocks, shared bytes (each block also takes 1 KiB of its own).
@@ -41,7 +42,6 @@ LIMITS = {
     90: (65536, 2048, 32, 233472),
     100: (65536, 2048, 32, 233472),
 }
-ELEMENT = {"16": ("bf16", "fp16"), "32": ("fp32",)}
 
 
 @dataclass(frozen=True)
@@ -168,26 +168,136 @@ def compile_tile(kernel: str, arch: int, dtype: str, head_dim: int, variant: str
     return Compiled(kernel, arch, dtype, head_dim, variant, tile, **figures)
 
 
-def matrix(
-    archs: list[int], head_dims: list[int], variants: list[str], bits: str = "16"
-) -> Iterator[tuple[Any, ...]]:
-    """Arguments of `compile_tile` for the shipped tiles."""
+def compile_sink_update(arch: int) -> Compiled:
+    """The sink update at 4096 keys, with padding and a trace."""
+    constants = {"WIDTH": 32, "BK": 2048, "PADDED": True, "TRACED": True}
+    figures = compile_ahead(sink_update_kernel, types_of(sink_update_kernel, "fp32"), constants, arch, 4, 3)
+    return Compiled("sink_update", arch, "fp32", 0, "traced", Tile(1, 2048, 4, 3), **figures)
+
+
+def quick() -> Iterator[Compiled]:
+    """What every test run compiles: the first tile of the sizes that models use, and each switch once."""
+    for arch, kernel, head_dim, variant in (
+        (90, "attention", 128, "plain"),
+        (90, "attention", 128, "causal"),
+        (90, "attention", 64, "pruned"),
+        (90, "attention", 80, "plain"),
+        (90, "attention", 128, "split"),
+        (90, "column_mass", 128, "plain"),
+        (90, "column_mass", 64, "sampled"),
+        (90, "column_mass", 128, "causal"),
+        (80, "attention", 128, "plain"),
+        (80, "column_mass", 64, "pruned"),
+        (100, "attention", 128, "pruned"),
+        (100, "column_mass", 128, "plain"),
+    ):
+        tile = tiles(arch, kernel, head_dim)[0]
+        yield compile_tile(kernel, arch, "bf16", head_dim, variant, tile)
+    yield compile_sink_update(90)
+
+
+def tiles(arch: int, kernel: str, head_dim: int, bits: str = "16") -> list[Tile]:
+    """The shipped tiles of one bucket."""
+    return launch.family(f"sm_{arch}").tiles[kernel][bits][launch.head_class(head_dim)]
+
+
+def everything(archs: list[int]) -> Iterator[Compiled]:
+    """Every shipped 16-bit tile at every head size that differs, in every variant; fp32 once per size."""
     for arch in archs:
-        known = launch.family(f"sm_{arch}")
         for kernel in ("attention", "column_mass"):
-            for head_dim in head_dims:
-                listed = known.tiles[kernel][bits][launch._head_class(head_dim)]
-                for tile in listed:
+            for head_dim in (64, 80, 96, 128, 256):
+                variants = ("plain", "pruned", "causal", "split" if kernel == "attention" else "sampled")
+                for tile in tiles(arch, kernel, head_dim):
                     for variant in variants:
-                        if variant == ("sampled" if kernel == "attention" else ""):
-                            continue
-                        yield kernel, arch, ELEMENT[bits][0], head_dim, variant, tile
+                        yield compile_tile(kernel, arch, "bf16", head_dim, variant, tile)
+            if arch == 90:
+                for head_dim in (64, 128):
+                    for tile in tiles(arch, kernel, head_dim, "32"):
+                        yield compile_tile(kernel, arch, "fp32", head_dim, "plain", tile)
+        yield compile_sink_update(arch)
 
 
-def show(c: Compiled) -> str:
-    t = c.tile
-    return (
-        f"{c.kernel:12} sm_{c.arch:<4} {c.dtype} D={c.head_dim:<4} {c.variant:8} {t.block_m:>3}x{t.block_n:<3} w{t.num_warps} "
-        f"s{t.num_stages} reg {c.registers:3} spills {c.spills:3} stack {c.stack:3} smem {c.shared_bytes:6} "
-        f"wgmma {c.wgmma:3} mma {c.mma:3} atom {c.atomics} ex2 {c.exp2:3} ins {c.instructions:5} blocks/SM {c.blocks_per_sm}"
+def table(compiled: list[Compiled]) -> str:
+    """Markdown: a row per tile, each figure the worst over its variants."""
+    lines = [
+        "| GPU | kernel | dtype | D | tile | warps | stages | registers | spills | shared KiB | wgmma |
+        blocks/SM |", "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows: dict[tuple[object, ...], list[Compiled]] = {}
+    for c in compiled:
+        rows.setdefault((c.arch, c.kernel, c.dtype, c.head_dim, c.tile), []).append(c)
+    for (arch, kernel, dtype, head_dim, _), same in rows.items():
+        t = same[0].tile
+        spilling = sorted({c.variant for c in same if c.spills or c.stack})
+        spills = max(c.spills for c in same)
+        lines.append(
+            f"| sm_{arch} | {kernel} | {dtype} | {head_dim or '-'} | {t.block_m}x{t.block_n} | {t.num_warps} "
+            f"| {t.num_stages} | {max(c.registers for c in same)} "
+            f"| {f'{spills} ({chr(44).join(spilling)})' if spilling else 0} "
+            f"| {max(c.shared_bytes for c in same) / 1024:.0f} | {'yes' if min(c.wgmma for c in same) else 'no'} "
+            f"| {min(c.blocks_per_sm for c in same)} |"
+        )
+    return "\n".join(lines)
+
+
+def roofline_table() -> str:
+    """Markdown: the least work and time of each kernel at LLaDA-8B's and Dream-7B's shapes, computed."""
+    lines = [
+        "| kernel | shape | GFLOP | MB | G exp2 | A100 us | H100 us | binds on H100 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    works: list[tuple[str, str, roofline.Work]] = []
+    for model, heads, kv in (("LLaDA-8B", 32, 32), ("Dream-7B", 28, 4)):
+        for n in (1024, 4096):
+            shape = f"{model}, N={n}, B=1"
+            works.append(("attention", shape, roofline.attention_work(1, heads, kv, n, n, 128)))
+            works.append(("column_mass, exact", shape, roofline.column_mass_work(1, heads, kv, n, n, 128)))
+            works.append(("column_mass, 1/16", shape, roofline.column_mass_work(1, heads, kv, n, n, 128, 16)))
+    works.append(("sink_update", "32 layers x 32 heads x 4096 keys", roofline.sink_update_work(1024, 4096)))
+    for kernel, shape, work in works:
+        a100, h100 = (roofline.least_seconds(work, gpu) for gpu in ("A100", "H100"))
+        lines.append(
+            f"| {kernel} | {shape} | {work.flops / 1e9:.1f} | {work.bytes / 1e6:.1f} "
+            f"| {work.exponentials / 1e9:.3f} | {a100[0] * 1e6:.1f} | {h100[0] * 1e6:.1f} | {h100[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def write_between(path: Path, marker: str, text: str) -> None:
+    """Replace what lies between ``<!-- marker -->`` and ``<!-- end marker -->``."""
+    document = path.read_text()
+    start, end = f"<!-- {marker} -->", f"<!-- end {marker} -->"
+    before, rest = document.split(start)
+    path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--quick", action="store_true", help="the set of the default tests, as JSON lines")
+    parser.add_argument("--table", type=Path, help="compile everything and write the tables into this file")
+    parser.add_argument("--roofline", type=Path, help="only write the computed times into this file")
+    parser.add_argument("--archs", default="80,86,90,100", help="compute capabilities, times ten")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        for c in quick():
+            print(json.dumps(asdict(c)), flush=True)
+    for path in (arguments.roofline, arguments.table):
+        if path is not None:
+            write_between(path, "roofline", roofline_table())
+    if arguments.table is not None:
+        compiled = []
+        for c in everything([int(a) for a in arguments.archs.split(",")]):
+            compiled.append(c)
+            print(
+                f"{c.kernel} sm_{c.arch} {c.dtype} D={c.head_dim} {c.variant} {c.tile.block_m}x{c.tile.block_n}: "
+                f"{c.registers} registers, {c.spills} spills, {c.blocks_per_sm} blocks/SM",
+                file=sys.stderr,
+                flush=True,
+            )
+        write_between(arguments.table, "compiled", table(compiled))
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.fixture(autouse=True)
 def quiet_numpy() -> Iterator[None]:
-    """The interpreter computes both sides of a select, so a guarded log2(0) or 1/0 warns there and only there."""
+    """The interpreter computes both sides of a select, so a guarded log2(0) or 1/0 warns there and only
+    there."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         yield
 

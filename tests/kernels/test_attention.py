@@ -158,7 +158,8 @@ def test_offsets_beyond_32_bits_reach_the_right_element(axis):
 
 @pytest.mark.parametrize(
     ("d", "parts"),
-    [(8, (16, 0)), (16, (16, 0)), (60, (64, 0)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (100, (128, 0)),
+    [(8, (16, 0)), (16, (16, 0)), (60, (64, 0)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (100, (128,
+    0)),
      (128, (128, 0)), (144, (128, 16)), (192, (128, 64)), (256, (256, 0))],
 )  # fmt: skip
 def test_a_head_is_covered_by_few_power_of_two_dots(d, parts):

@@ -1,4 +1,5 @@
-"""The registered ops: opcheck-clean, traceable in full graphs, index lists as tensors, no recompiles by layer."""
+"""The registered ops: opcheck-clean, traceable in full graphs, index lists as tensors, no recompiles by
+layer."""
 
 from __future__ import annotations
 

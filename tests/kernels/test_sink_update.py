@@ -12,7 +12,8 @@ from sinkprune.kernels.sink_update import sink_update_
 
 
 def both(masses, *, keys, padding=None, gate=(4.0, 2.0), traced=0):
-    """State and traces after the same steps by the kernel and by the twin; ``masses`` is one tensor per step."""
+    """State and traces after the same steps by the kernel and by the twin; ``masses`` is one tensor per
+    step."""
     device, rows = masses[0].device, masses[0].shape[0]
     sample_of = torch.arange(rows, dtype=torch.int32, device=device) % (
         1 if padding is None else len(padding)

@@ -1,8 +1,9 @@
 """Make bfloat16 right in Triton's interpreter (Triton 3.6 to 3.9), for tests.
 
-The interpreter holds bf16 as uint16 and does integer arithmetic on the bits, so products, sums and comparisons are
-silently wrong, and a cast from float32 truncates instead of rounding. `mend` widens bf16 operands to float32 around
-each operation and rounds results to nearest even. ``tl.sum`` of bf16 stays wrong: kernels add in float32.
+The interpreter holds bf16 as uint16 and does integer arithmetic on the bits, so products, sums and
+comparisons are silently wrong, and a cast from float32 truncates instead of rounding. `mend` widens bf16
+operands to float32 around each operation and rounds results to nearest even. ``tl.sum`` of bf16 stays
+wrong: kernels add in float32.
 """
 
 from __future__ import annotations

@@ -1,0 +1,77 @@
+"""What the compiler makes of the kernels for GPUs that are not here (see ahead.py, which runs apart)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sinkprune.kernels import launch
+
+AHEAD = Path(__file__).with_name("ahead.py")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run(
+        [sys.executable, str(AHEAD), "--quick"], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def named(c):
+    return f"{c['kernel']} sm_{c['arch']} D={c['head_dim']} {c['variant']} {c['tile']}"
+
+
+def test_nothing_spills_and_nothing_lives_on_the_stack(compiled):
+    assert len(compiled) >= 12
+    for c in compiled:
+        assert c["spills"] == 0 and c["stack"] == 0, named(c)
+
+
+def test_shared_memory_fits_the_device(compiled):
+    for c in compiled:
+        assert c["shared_bytes"] <= launch.family(f"sm_{c['arch']}").shared_bytes, named(c)
+
+
+def test_tensor_cores_are_used_and_warpgroup_ones_where_there_are_any(compiled):
+    for c in compiled:
+        if c["kernel"] == "sink_update":
+            continue
+        if c["arch"] in (90, 100):
+            held = c["tile"]["block_m" if c["kernel"] == "attention" else "block_n"]
+            assert held < 64 or c["wgmma"] > 0, named(c)
+        else:
+            assert c["mma"] > 0, named(c)
+
+
+def test_as_many_blocks_fit_a_multiprocessor_as_the_tile_claims(compiled):
+    for c in compiled:
+        if c["variant"] in ("plain", "pruned", "split"):
+            assert c["blocks_per_sm"] >= c["tile"]["blocks_per_sm"], named(c)
+
+
+def test_no_atomics_so_the_order_of_additions_is_fixed(compiled):
+    for c in compiled:
+        assert c["atomics"] == 0, named(c)
+
+
+def test_the_table_goes_between_its_markers(tmp_path):
+    document = tmp_path / "kernels.md"
+    document.write_text("before\n<!-- roofline -->\nold\n<!-- end roofline -->\nafter\n")
+    subprocess.run(
+        [sys.executable, str(AHEAD), "--roofline", str(document)], check=True, env=dict(os.environ)
+    )
+    text = document.read_text()
+    assert (
+        text.startswith("before\n")
+        and text.endswith("after\n")
+        and "old" not in text
+        and "| attention |" in text
+    )
