@@ -220,23 +220,32 @@ def everything(archs: list[int]) -> Iterator[Compiled]:
 def table(compiled: list[Compiled]) -> str:
     """Markdown: a row per tile, each figure the worst over its variants."""
     lines = [
-        "| GPU | kernel | dtype | D | tile | warps | stages | registers | spills | shared KiB | wgmma |
-        blocks/SM |", "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| GPU | kernel | dtype | D | tile | warps | stages | registers | spills | shared KiB | wgmma "
+        "| blocks/SM |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows: dict[tuple[object, ...], list[Compiled]] = {}
     for c in compiled:
         rows.setdefault((c.arch, c.kernel, c.dtype, c.head_dim, c.tile), []).append(c)
     for (arch, kernel, dtype, head_dim, _), same in rows.items():
         t = same[0].tile
-        spilling = sorted({c.variant for c in same if c.spills or c.stack})
         spills = max(c.spills for c in same)
-        lines.append(
-            f"| sm_{arch} | {kernel} | {dtype} | {head_dim or '-'} | {t.block_m}x{t.block_n} | {t.num_warps} "
-            f"| {t.num_stages} | {max(c.registers for c in same)} "
-            f"| {f'{spills} ({chr(44).join(spilling)})' if spilling else 0} "
-            f"| {max(c.shared_bytes for c in same) / 1024:.0f} | {'yes' if min(c.wgmma for c in same) else 'no'} "
-            f"| {min(c.blocks_per_sm for c in same)} |"
-        )
+        spilling = ", ".join(sorted({c.variant for c in same if c.spills or c.stack}))
+        cells = [
+            f"sm_{arch}",
+            kernel,
+            dtype,
+            head_dim or "-",
+            f"{t.block_m}x{t.block_n}",
+            t.num_warps,
+            t.num_stages,
+            max(c.registers for c in same),
+            f"{spills} ({spilling})" if spilling else 0,
+            f"{max(c.shared_bytes for c in same) / 1024:.0f}",
+            "yes" if min(c.wgmma for c in same) else "no",
+            min(c.blocks_per_sm for c in same),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -291,8 +300,8 @@ def main() -> None:
         for c in everything([int(a) for a in arguments.archs.split(",")]):
             compiled.append(c)
             print(
-                f"{c.kernel} sm_{c.arch} {c.dtype} D={c.head_dim} {c.variant} {c.tile.block_m}x{c.tile.block_n}: "
-                f"{c.registers} registers, {c.spills} spills, {c.blocks_per_sm} blocks/SM",
+                f"{c.kernel} sm_{c.arch} {c.dtype} D={c.head_dim} {c.variant} "
+                f"{c.tile.block_m}x{c.tile.block_n}: {c.registers} registers, {c.spills} spills, {c.blocks_per_sm} blocks/SM",
                 file=sys.stderr,
                 flush=True,
             )
