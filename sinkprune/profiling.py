@@ -420,7 +420,7 @@ def _kept_columns(values: Tensor, heads: list[list[int]]) -> Tensor:
 
 
 def _collect(parts: list[SinkStatistics], padding: list[Tensor]) -> dict[str, Tensor]:
-    """Statistics of several batches side by side, on the CPU; ``padding`` ``[B]`` is each sample's on the left."""
+    """Statistics of several batches side by side; ``padding`` ``[B]`` is each sample's on the left."""
     columns: dict[str, list[Tensor]] = {}
     for part, shift in zip(parts, padding, strict=True):
         counted = part.position.count > 0
