@@ -1,11 +1,12 @@
-"""Wall-clock of pruned inference: kernel, attention layer, block, step and generation, beside what arithmetic allows.
+"""Wall-clock of pruned inference: kernel, attention layer, block, step and generation, beside its ceiling.
 
     python benchmarks/latency.py --device cpu --quick --out benchmarks/results/cpu
     python benchmarks/latency.py --device cuda --out benchmarks/results/h100
     python benchmarks/latency.py --device cpu --quick --out new --compare benchmarks/results/cpu/latency.json
 
-Every group of variants is timed turn by turn in one process; a row quotes medians, and ratios are medians over rounds.
-A group whose own correctness check fails prints no speed. Writes latency.json, latency.csv and latency.png.
+Every group of variants is timed turn by turn in one process; a row quotes medians, and ratios are medians over
+rounds. If a group's own correctness check fails, no speed is printed. Writes latency.json, latency.csv and
+latency.png.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ REMOVED = (0.125, 0.25, 0.38, 0.5)
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 256, "n_heads": 8, "n_layers": 6, "mlp_hidden_size": 512, "vocab_size": 4096},
     "150M": {"d_model": 768, "n_heads": 12, "n_layers": 16, "mlp_hidden_size": 2048, "vocab_size": 16384},
-    "LLaDA-8B": {"d_model": 4096, "n_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464},
+    "LLaDA-8B": {
+        "d_model": 4096, "n_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464,
+    },
     "Dream-7B": {
         "d_model": 3584, "n_heads": 28, "n_kv_heads": 4, "n_layers": 28, "mlp_hidden_size": 18944,
         "vocab_size": 152064, "include_qkv_bias": True,
@@ -45,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Row:
-    """One timed variant. Times in ms; ``saved_share`` is measured time saved / time that arithmetic would save."""
+    """One timed variant. Times in ms; ``saved_share`` is time saved / the time that arithmetic would save."""
 
     bench: str
     variant: str
@@ -102,7 +105,6 @@ def pruned_models(model: LLaDA, targets: tuple[str, ...]) -> Iterator[tuple[str,
     for removed in (0.0, *REMOVED):
         unit = {"unit": "parameters", "targets": targets} if "mlp" in targets else {"unit": "heads"}
         plan = sp.plan(model, criterion="random", ratio=removed, allocation="uniform", **unit)
-        compact = LLaDA.__new__(LLaDA)
         compact = _share(model)
         sp.apply(compact, plan)
         yield ("dense, fused" if removed == 0 else f"{kind} -{100 * removed:g}%"), removed, compact, plan
@@ -314,10 +316,16 @@ def check_same(compact: LLaDA, dense: LLaDA, plan: sp.PrunePlan, ids: Tensor) ->
 
 
 def time_group(
-    bench: str, variants: list[Variant], shape: str, dtype: torch.dtype, batch: int, length: int, rounds: int
+    bench: str,
+    variants: list[Variant],
+    shape: str,
+    device: str,
+    dtype: torch.dtype,
+    batch: int,
+    length: int,
+    rounds: int,
 ) -> list[Row]:
     """Interleaved timings of a group; the first variant is the one that ratios refer to."""
-    device = "cuda" if torch.cuda.is_available() and shape in ("LLaDA-8B", "Dream-7B") else "cpu"
     timings, ratios = interleaved({v.name: v.run for v in variants}, repeats=rounds, warmup=2, device=device)
     first = variants[0]
     dense = timings[first.name].median
@@ -429,13 +437,13 @@ def write(folder: Path, rows: list[Row], device: str, command: str) -> None:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        f"{'shape':9} {'bench':22} {'variant':28} {'B':>2} {'L':>5} {'ms':>9} {'x':>6} {'ceiling':>8} {'saved':>6}"
+        f"{'shape':9} {'bench':22} {'variant':28} {'B':>2} {'L':>5} {'ms':>9} {'x':>6} {'ceiling':>8}  saved"
     ]
     for r in rows:
         share = "" if r.saved_share is None else f"{r.saved_share:6.2f}"
         lines.append(
-            f"{r.shape:9} {r.bench:22} {r.variant:28} {r.batch:2} {r.length:5} {r.median:9.3f} {r.speedup:6.2f} "
-            f"{r.ceiling:8.2f} {share:>6}"
+            f"{r.shape:9} {r.bench:22} {r.variant:28} {r.batch:2} {r.length:5} {r.median:9.3f} "
+            f"{r.speedup:6.2f} {r.ceiling:8.2f} {share:>6}"
         )
     return "\n".join(lines)
 
@@ -471,7 +479,9 @@ def main() -> int:
                     model_groups(shape, options.device, dtype, batch, length, steps),
                 ):
                     for bench, variants in build:
-                        rows += time_group(bench, variants, shape, dtype, batch, length, rounds)
+                        rows += time_group(
+                            bench, variants, shape, options.device, dtype, batch, length, rounds
+                        )
                         bar.update()
     except CheckFailed as error:
         print(f"latency.py: error: correctness check failed, no speed is reported: {error}", file=sys.stderr)

@@ -13,16 +13,16 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 HEADER = """# Performance
 
-Written by `python benchmarks/performance.py` from `benchmarks/results/<device>/latency.json`; each table names the
-command that measured it. *Speed-up* is the median over rounds of dense time / this time, both timed turn by turn in one
-process. *Ceiling* is the ratio of counted FLOPs. *Saved share* is the time saved / the time that the ceiling would save.
-The dense side of a group is our own path with nothing removed; "as users run it" is the unfused model under the public
-sampler's step (LM head and float64 probabilities at every position).
+Written by `python benchmarks/performance.py` from `benchmarks/results/<device>/latency.json`; each table names
+the command that measured it. *Speed-up* is the median over rounds of dense time / this time, both timed turn by
+turn in one process. *Ceiling* is the ratio of counted FLOPs. *Saved share* is the time saved / the time that the
+ceiling would save. The dense side of a group is our own path with nothing removed; "as users run it" is the
+unfused model under the public sampler's step (LM head and float64 probabilities at every position).
 """
 UNMEASURED = """## Not measured
 
-No GPU was at hand: every figure for A100 or H100 is unmeasured, and none is claimed. What a GPU run would write:
-`python benchmarks/latency.py --device cuda --out benchmarks/results/<device>`, then this script.
+No GPU was at hand: every figure for A100 or H100 is unmeasured, and none is claimed. On one,
+`python benchmarks/latency.py --device cuda --out benchmarks/results/<device>` and this script fill the page.
 """
 
 
@@ -49,8 +49,8 @@ def section(folder: Path, document: dict[str, Any]) -> str:
         for row in rows:
             share = "" if row["saved_share"] is None else f"{row['saved_share']:.2f}"
             lines.append(
-                f"| {row['bench']} | {row['variant']} | {row['median']:.2f} ({row['p20']:.2f}…{row['p80']:.2f}) "
-                f"| {1e3 * row['tflops']:.0f} | {row['speedup']:.2f} | {row['ceiling']:.2f} | {share} |"
+                f"| {row['bench']} | {row['variant']} | {row['median']:.2f} ({row['p20']:.2f}…{row['p80']:.2f})"
+                f" | {1e3 * row['tflops']:.0f} | {row['speedup']:.2f} | {row['ceiling']:.2f} | {share} |"
             )
         lines.append("")
     return "\n".join(lines)
