@@ -4,7 +4,7 @@
     python benchmarks/latency.py --device cuda --out benchmarks/results/h100
     python benchmarks/latency.py --device cpu --quick --out new --compare benchmarks/results/cpu/latency.json
 
-Every group of variants is timed turn by turn in one process; a row quotes medians, and ratios are medians over
+Every group of variants is timed turn by turn in one process; a row quotes medians, ratios are medians over
 rounds. If a group's own correctness check fails, no speed is printed. Writes latency.json, latency.csv and
 latency.png.
 """

@@ -13,11 +13,12 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 HEADER = """# Performance
 
-Written by `python benchmarks/performance.py` from `benchmarks/results/<device>/latency.json`; each table names
-the command that measured it. *Speed-up* is the median over rounds of dense time / this time, both timed turn by
-turn in one process. *Ceiling* is the ratio of counted FLOPs. *Saved share* is the time saved / the time that the
-ceiling would save. The dense side of a group is our own path with nothing removed; "as users run it" is the
-unfused model under the public sampler's step (LM head and float64 probabilities at every position).
+Written by `python benchmarks/performance.py` from `benchmarks/results/<device>/latency.json`; each table
+names the command that measured it. *Speed-up* is the median over rounds of dense time / this time, both
+timed turn by turn in one process. *Ceiling* is the ratio of counted FLOPs. *Saved share* is the time
+saved / the time that the ceiling would save. The dense side of a group is our own path with nothing
+removed; "as users run it" is the unfused model under the public sampler's step (LM head and float64
+probabilities at every position).
 """
 UNMEASURED = """## Not measured
 
@@ -48,10 +49,16 @@ def section(folder: Path, document: dict[str, Any]) -> str:
         ]
         for row in rows:
             share = "" if row["saved_share"] is None else f"{row['saved_share']:.2f}"
-            lines.append(
-                f"| {row['bench']} | {row['variant']} | {row['median']:.2f} ({row['p20']:.2f}…{row['p80']:.2f})"
-                f" | {1e3 * row['tflops']:.0f} | {row['speedup']:.2f} | {row['ceiling']:.2f} | {share} |"
-            )
+            cells = [
+                row["bench"],
+                row["variant"],
+                f"{row['median']:.2f} ({row['p20']:.2f}…{row['p80']:.2f})",
+                f"{1e3 * row['tflops']:.0f}",
+                f"{row['speedup']:.2f}",
+                f"{row['ceiling']:.2f}",
+                share,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
