@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,13 @@ from torch import Tensor, nn
 from sinkprune.adapters import adapter_for
 from sinkprune.models.dream import Dream, DreamConfig
 from sinkprune.models.llada import MODEL_TYPE, LLaDA, LLaDAConfig
+from sinkprune.models.transformers_native import (
+    describe,
+    is_transformers_native,
+    lay_out,
+    load_published,
+    transformers_class,
+)
 from sinkprune.planning import PrunePlan
 from sinkprune.repacking import apply, install_compact, mark
 from sinkprune.version import __version__
@@ -45,7 +52,8 @@ def load(
 
     Args:
         source: ``"tiny"`` for the embedded model, or a local folder with ``config.json`` and safetensors: a
-            published checkpoint (sharded with an index, or one file) or one written by ``save``.
+            published checkpoint (sharded with an index, or one file) of a native family or of a transformers
+            class, or one written by ``save``.
         device: where the tensors go, straight from the file.
         dtype: floating type of the parameters; None keeps the file's.
 
@@ -58,12 +66,11 @@ def load(
     """
     folder = _folder(source)
     config = read_json(folder / "config.json")
-    model_type = config.get("model_type")
-    if model_type not in NATIVE:
-        raise ValueError(f"{folder}: unknown model_type {model_type!r}; known: {', '.join(NATIVE)}")
     manifest = _read_manifest(folder)
-    with torch.device("meta"):
-        model = NATIVE[model_type](config)
+    if config.get("model_type") not in NATIVE and manifest is None:
+        _check_known(folder, config)
+        return load_published(folder, config, dtype).to(device).eval(), _load_tokenizer(folder)
+    model = _lay_out(folder, config)
     plan = form = None
     if manifest is not None and manifest["form"] != "dense":
         plan, form = PrunePlan.from_dict(manifest["plan"]), manifest["form"]
@@ -72,11 +79,12 @@ def load(
         if form == "compact":
             install_compact(model, plan)
     _fill(model, _weight_files(folder), torch.device(device), dtype)
+    model.eval()
     if plan is not None and form is not None:
         if form == "mask":  # the manifest vouches for the weights, whose fingerprint another dtype may change
             apply(model, replace(plan, fingerprint=""), mode="mask")
         mark(model, plan, form)
-    return model.eval(), _load_tokenizer(folder)
+    return model, _load_tokenizer(folder)
 
 
 def save(
@@ -90,7 +98,7 @@ def save(
     """Write ``model`` so that ``load(folder)`` reads it back; the folder appears whole or not at all.
 
     Args:
-        model: a native model, dense, masked or compact.
+        model: a native model, or one of a transformers class; dense, masked or compact.
         folder: must not exist, unless ``overwrite`` and it holds a checkpoint of ours.
         tokenizer: saved beside it where given.
         overwrite: replace a checkpoint that ``save`` wrote.
@@ -98,11 +106,10 @@ def save(
 
     Raises:
         FileExistsError: something else is there.
-        TypeError: a model that has no native loader.
+        TypeError: a model of any other class, which ``load`` could not make again.
     """
     folder = Path(folder)
-    if not isinstance(model, LLaDA):
-        raise TypeError(f"save writes native models, got {type(model).__name__}")
+    config = _describe(model)
     if folder.exists() and not (overwrite and (folder / MANIFEST).exists()):
         raise FileExistsError(
             f"{folder} exists; choose another path or overwrite=True for a sinkprune checkpoint"
@@ -111,7 +118,7 @@ def save(
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         names = _write_shards(model, part, shard_bytes)
-        (part / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
+        (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
         adapter = adapter_for(model)
@@ -205,6 +212,38 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     raise FileNotFoundError(f"{folder}: expected model.safetensors or {INDEX}")
 
 
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """The model's ``config.json``, from which ``load`` lays it out."""
+    if is_transformers_native(model):
+        return describe(model)
+    config: Any = getattr(model, "config", None)
+    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    ours = type(model).__module__.startswith("sinkprune.models.")
+    if not ours or values.get("model_type") not in NATIVE:
+        raise TypeError(
+            f"save writes native models, got {type(model).__name__}; of others, transformers' own"
+        )
+    return values
+
+
+def _check_known(folder: Path, config: dict[str, Any]) -> None:
+    if transformers_class(config) is None:
+        raise ValueError(
+            f"{folder}: unknown model_type {config.get('model_type')!r}; known: {', '.join(NATIVE)}, and "
+            f"transformers' own, whose class 'architectures' names (got {config.get('architectures')!r})"
+        )
+
+
+def _lay_out(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The dense model of a parsed ``config.json``, with its parameters on ``meta``."""
+    native = NATIVE.get(str(config.get("model_type")))
+    if native is None:
+        _check_known(folder, config)
+        return lay_out(config)
+    with torch.device("meta"):
+        return native(config)
+
+
 def _fill(
     model: nn.Module, files: dict[Path, list[str] | None], device: torch.device, dtype: torch.dtype | None
 ) -> None:
@@ -229,20 +268,36 @@ def _fill(
                     found[name] = tensor.to(dtype) if convert else tensor
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+    for names in _tied(model):  # a tensor that several names share is stored once
+        stored = [found[name] for name in names if name in found]
+        found |= {name: stored[0] for name in names if stored}
     missing = sorted(set(wanted) - set(found))
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]!r}")
     model.load_state_dict(found, assign=True)
+    if is_transformers_native(model):
+        cast(Any, model).tie_weights()
     for module in model.modules():  # indices were laid out on the CPU
         for name, buffer in module.named_buffers(recurse=False):
             if not buffer.is_meta:
                 setattr(module, name, buffer.to(device))
 
 
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
 def _write_shards(model: nn.Module, folder: Path, shard_bytes: int) -> list[str]:
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
+    again = {name for names in _tied(model) for name in names[1:]}
     for name, tensor in model.state_dict().items():
+        if name in again:
+            continue
         if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0

@@ -23,7 +23,7 @@ class TransformersAlbert(TransformersAdapter):
     def __init__(self, model: nn.Module) -> None:
         raise TypeError(
             f"{type(model).__name__} runs the same layer weights at every depth (ALBERT's shared "
-            "layers): its heads have no statistics of their own per layer, and pruning one prunes it everywhere"
+            "layers): its heads have no statistics of their own per layer, and pruning one prunes all"
         )
 
     def blocks(self) -> list[nn.Module]:

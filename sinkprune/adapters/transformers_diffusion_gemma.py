@@ -51,7 +51,7 @@ class TransformersDiffusionGemma(TransformersAdapter):
     def projections_of(self, block: nn.Module) -> dict[str, nn.Module]:
         attention = self.attention_of(block)
         names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
-        return {role: cast(nn.Module, attention._modules[name]) for role, name in names.items()}
+        return {role: getattr(attention, name) for role, name in names.items()}
 
     def mlp_of(self, block: nn.Module) -> dict[str, nn.Module]:
         raise ValueError("DiffusionGemma's MLPs run beside a mixture of experts: only heads can be pruned")
@@ -63,13 +63,13 @@ class TransformersDiffusionGemma(TransformersAdapter):
         )
 
     def geometry(self) -> Geometry:
-        """``head_dim`` is that of the sliding layers; the full-attention ones are wider."""
+        """``head_dim`` is that of the narrowest layers, the sliding ones."""
         config, layers = self.config, range(len(self.blocks()))
         groups = [cast(int, self._attention(layer).num_key_value_groups) for layer in layers]
         return Geometry(
             family=self.family,
             hidden=config.hidden_size,
-            head_dim=config.head_dim,
+            head_dim=min(self._head_dim(layer) for layer in layers),
             vocabulary=config.vocab_size,
             context=config.max_position_embeddings,
             heads=(config.num_attention_heads,) * len(layers),

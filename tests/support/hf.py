@@ -96,3 +96,38 @@ def padded(padding: str, length: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
 def valid_logits(model, padding: str = "left") -> torch.Tensor:
     ids, valid = padded(padding)
     return model(ids, attention_mask=valid).logits[valid.bool()]
+
+
+def diffusion_gemma(seed: int = 0):
+    """A toy DiffusionGemma: one sliding layer, two full-attention ones with wider heads."""
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
+    from transformers import Gemma4VisionConfig as Vision
+
+    text = DiffusionGemmaTextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=2, head_dim=WIDTH, max_position_embeddings=64,
+        sliding_window=8, layer_types=["sliding_attention", "full_attention", "full_attention"],
+        num_experts=4, top_k_experts=2, moe_intermediate_size=16, global_head_dim=16,
+        num_global_key_value_heads=1,
+    )  # fmt: skip
+    vision = Vision(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=16,
+    )  # fmt: skip
+    config = DiffusionGemmaConfig(
+        text_config=text, vision_config=vision, canvas_length=8, image_token_id=59, boi_token_id=57,
+        eoi_token_id=58,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return DiffusionGemmaForBlockDiffusion(config).eval()
+
+
+@torch.no_grad()
+def canvas_logits(model) -> torch.Tensor:
+    """Logits of a canvas after a left-padded prompt."""
+    ids, valid = padded("left", 10)
+    canvas = torch.randint(3, 50, (2, 8), generator=torch.Generator().manual_seed(5))
+    seen = torch.cat((valid, torch.ones_like(canvas)), 1)
+    return model(
+        input_ids=ids, attention_mask=valid, decoder_input_ids=canvas, decoder_attention_mask=seen
+    ).logits

@@ -1,0 +1,98 @@
+"""Models of transformers' own classes, for loading and saving.
+
+Nothing here runs code that a checkpoint brings along, reads a pickle or downloads anything.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_transformers_native(model: nn.Module) -> bool:
+    """Whether ``model`` is of a class that transformers itself defines and exports."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not type(model).__module__.startswith("transformers."):
+        return False
+    return getattr(transformers, type(model).__name__, None) is type(model)
+
+
+def transformers_class(config: dict[str, Any]) -> Any:
+    """The class that a parsed ``config.json`` names, or None where transformers has no such class."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    names = config.get("architectures")
+    if config.get("model_type") not in CONFIG_MAPPING_NAMES or not isinstance(names, list) or len(names) != 1:
+        return None
+    found = getattr(transformers, str(names[0]), None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """The ``config.json`` of a model: of the dense one, also when the model is pruned."""
+    values: dict[str, Any] = json.loads(model.config.to_json_string())
+    values["architectures"] = [type(model).__name__]
+    for key in ("_attn_implementation", "attn_implementation"):
+        values.pop(key, None)
+    return values
+
+
+def lay_out(config: dict[str, Any]) -> nn.Module:
+    """A model of this config with its parameters on ``meta`` and its buffers (rotary frequencies) real."""
+    from transformers import CONFIG_MAPPING
+
+    model_class = transformers_class(config)
+    with parameters_on_meta():
+        model: nn.Module = model_class(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+    return model
+
+
+def load_published(folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    """A dense checkpoint that another program wrote, through transformers, which knows older tensor names.
+
+    Raises:
+        ValueError: tensors that are missing or misshapen.
+    """
+    model_class = transformers_class(config)
+    try:
+        model, report = model_class.from_pretrained(
+            str(folder),
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{folder}: transformers can't load it: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]!r}")
+    result: nn.Module = model
+    return result
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have their parameters on ``meta``; buffers are as always."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        original(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
