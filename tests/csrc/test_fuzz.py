@@ -172,6 +172,8 @@ def test_the_raw_gather_refuses_what_the_wrappers_never_send(data: st.DataObject
     except RuntimeError:
         return
     for out, source, index, piece, dim in zip(outs, sources, ids, pieces, dims, strict=True):
+        if out.numel() == 0:  # any piece is allowed then, and PyTorch's way would list its rows
+            continue
         expected = torch.zeros_like(out)
         native._gather_torch(native._Segment(expected, source, index, piece, dim))
         assert same(out, expected)
