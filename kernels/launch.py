@@ -11,7 +11,9 @@ import contextlib
 import functools
 import json
 import math
-from dataclasses import dataclass
+import os
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,7 @@ def family_of(capability: tuple[int, int]) -> str:
 @functools.cache
 def _device_family(index: int) -> tuple[Family, int]:
     properties = torch.cuda.get_device_properties(index)
+    overrides.update(read_tuned(tuned_path(properties.name)))
     return family(family_of((properties.major, properties.minor))), properties.multi_processor_count
 
 
@@ -94,9 +97,52 @@ def device_family(device: torch.device) -> tuple[Family, int]:
     return _device_family(torch.cuda.current_device() if device.index is None else device.index)
 
 
-# (kernel, dtype bits, head class, rows bucket, keys bucket, programs bucket) -> (tile, shares), from the
-# tuner.
-overrides: dict[tuple[str, str, str, int, int, int], tuple[Tile, int]] = {}
+# (kernel, dtype bits, head class, rows bucket, keys bucket, programs bucket)
+Bucket = tuple[str, str, str, int, int, int]
+# What the opt-in tuner measured on this machine: (tile, shares) per bucket.
+overrides: dict[Bucket, tuple[Tile, int]] = {}
+
+
+def tuned_path(device_name: str) -> Path:
+    """Where the tuner keeps what it measured: under ``XDG_CACHE_HOME``, one file per GPU model."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = "".join(c if c.isalnum() else "-" for c in device_name)
+    return cache / "sinkprune" / f"tiles-{name}.json"
+
+
+def read_tuned(path: Path) -> dict[Bucket, tuple[Tile, int]]:
+    """The tuner's choices; empty where there is no file. A file that cannot be read is ignored with a
+    warning."""
+    if not path.exists():
+        return {}
+    try:
+        return {
+            (kernel, bits, head, int(rows), int(keys), int(programs)): (
+                Tile(**entry["tile"]),
+                int(entry["shares"]),
+            )
+            for entry in json.loads(path.read_text())
+            for kernel, bits, head, rows, keys, programs in [entry["bucket"]]
+        }
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        warnings.warn(f"{path} is ignored: {error}", stacklevel=2)
+        return {}
+
+
+def write_tuned(path: Path, chosen: dict[Bucket, tuple[Tile, int]]) -> None:
+    """Add ``chosen`` to the file, replacing buckets it already has; written whole or not at all."""
+    entries = read_tuned(path) | chosen
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(
+        [
+            {"bucket": list(b), "tile": asdict(tile), "shares": shares}
+            for b, (tile, shares) in entries.items()
+        ],
+        indent=1,
+    )
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(text + "\n")
+    part.replace(path)
 
 
 def bucket(
@@ -110,20 +156,20 @@ def bucket(
 def attention_tile(q: Tensor, *, rows: int, keys: int, programs: int) -> tuple[Tile, int]:
     """``(tile, key shares)`` for ``rows`` queries of ``programs`` = batch x kept heads against ``keys``
     keys."""
+    known, multiprocessors = device_family(q.device)  # reads the tuned file the first time
     chosen = overrides.get(bucket("attention", q, rows, keys, programs)) if overrides else None
     if chosen is not None:
         return chosen
-    known, multiprocessors = device_family(q.device)
     return choose_tile("attention", known, multiprocessors, _bits(q), q.shape[-1], rows, keys, programs)
 
 
 def column_mass_tile(q: Tensor, *, rows: int, keys: int, programs: int) -> tuple[Tile, int]:
     """``(tile, query shares)`` for ``keys`` keys of ``programs`` = batch x kept heads, walking ``rows``
     queries."""
+    known, multiprocessors = device_family(q.device)  # reads the tuned file the first time
     chosen = overrides.get(bucket("column_mass", q, rows, keys, programs)) if overrides else None
     if chosen is not None:
         return chosen
-    known, multiprocessors = device_family(q.device)
     return choose_tile("column_mass", known, multiprocessors, _bits(q), q.shape[-1], keys, rows, programs)
 
 
@@ -155,9 +201,11 @@ def choose_tile(
             blocks * 2 <= at_once
         ):  # less than half a wave: let several programs share a walk of at least 4 steps each
             shares = max(1, min(MOST_SHARES, at_once // blocks, walk // (4 * step)))
-        waves = -(-blocks * shares // at_once)
         steps = -(-walk // (step * shares)) * step
-        cost = waves * held * steps * tile.cost * tile.blocks_per_sm + (0 if shares == 1 else 2 * held * step)
+        # In the last wave an SM holds fewer blocks at once, and each then has more of it.
+        full, tail = divmod(blocks * shares, at_once)
+        turns = full * tile.blocks_per_sm - (-tail // multiprocessors)
+        cost = turns * held * steps * tile.cost + (0 if shares == 1 else 2 * held * step)
         if best is None or cost < best[0]:
             best = (cost, tile, shares)
     assert best is not None

@@ -300,8 +300,8 @@ def main() -> None:
         for c in everything([int(a) for a in arguments.archs.split(",")]):
             compiled.append(c)
             print(
-                f"{c.kernel} sm_{c.arch} {c.dtype} D={c.head_dim} {c.variant} "
-                f"{c.tile.block_m}x{c.tile.block_n}: {c.registers} registers, {c.spills} spills, {c.blocks_per_sm} blocks/SM",
+                f"{c.kernel} sm_{c.arch} {c.dtype} D={c.head_dim} {c.variant} {c.tile}: "
+                f"{c.registers} registers, {c.spills} spills, {c.blocks_per_sm} blocks/SM",
                 file=sys.stderr,
                 flush=True,
             )

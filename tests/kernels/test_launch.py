@@ -1,0 +1,105 @@
+"""Launch configurations: what is shipped, how a tile is chosen, what the tuner stores."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sinkprune import tuning
+from sinkprune.kernels import launch, roofline
+from sinkprune.kernels.launch import Tile
+
+
+def test_every_family_ships_a_tile_for_every_bucket():
+    assert launch.families() == ["sm_100", "sm_80", "sm_86", "sm_90"]
+    for name in launch.families():
+        known = launch.family(name)
+        for kernel in ("attention", "column_mass"):
+            for bits in ("16", "32"):
+                assert set(known.tiles[kernel][bits]) == {"64", "96", "128", "256"}
+                for listed in known.tiles[kernel][bits].values():
+                    assert listed
+                    for tile in listed:
+                        assert all(x & (x - 1) == 0 and x >= 16 for x in (tile.block_m, tile.block_n)), tile
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 9), "sm_86"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12,
+    0), "sm_86")],
+)  # fmt: skip
+def test_a_capability_finds_its_family(capability, name):
+    assert launch.family_of(capability) == name
+
+
+def choose(rows, keys, programs, kernel="attention", d=128):
+    return launch.choose_tile(kernel, launch.family("sm_90"), 132, "16", d, rows, keys, programs)
+
+
+def test_large_grids_take_the_large_tile_whole():
+    tile, shares = choose(4096, 4096, 32)
+    assert (tile.block_m, shares) == (128, 1)
+
+
+def test_few_queries_split_their_keys():
+    tile, shares = choose(16, 8192, 8)
+    assert tile.block_m == 16 and shares > 1
+    assert choose(16, 64, 8)[1] == 1  # too few keys to share out
+
+
+def test_the_kept_head_count_decides_the_tile_so_that_waves_fill():
+    """128-row blocks of 16 heads of 1,024 queries are 128: one wave of 132. Of 17 heads they are 136, and
+    the second wave would be nearly empty; 64-row blocks fit two to a multiprocessor and leave a last wave
+    half as long."""
+    tiles = {h: choose(1024, 1024, h)[0].block_m for h in (16, 17, 24, 32, 33)}
+    assert tiles == {16: 128, 17: 64, 24: 64, 32: 128, 33: 128}
+
+
+def test_tuned_choices_survive_the_disk_and_are_found_again(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "tiles.json"
+    q = torch.zeros(1, 4, 100, 64, dtype=torch.bfloat16)
+    key = launch.bucket("attention", q, 100, 1000, 4)
+    choice = Tile(16, 32, 4, 2), 3
+    launch.write_tuned(path, {key: choice})
+    launch.write_tuned(path, {launch.bucket("attention", q, 5, 5, 4): choice})
+    assert launch.read_tuned(path)[key] == choice and len(launch.read_tuned(path)) == 2
+    assert [p.name for p in path.parent.iterdir()] == ["tiles.json"]
+    monkeypatch.setattr(launch, "overrides", launch.read_tuned(path))
+    assert launch.attention_tile(q, rows=128, keys=1024, programs=4) == choice  # the same bucket
+    assert launch.attention_tile(q, rows=129, keys=1024, programs=4) != choice
+
+
+@pytest.mark.parametrize("text", ["not json", json.dumps([{"bucket": ["a"]}]), json.dumps([1])])
+def test_a_broken_tuned_file_is_ignored_with_a_warning(text, tmp_path):
+    path = tmp_path / "tiles.json"
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="ignored"):
+        assert launch.read_tuned(path) == {}
+
+
+def test_tuned_files_lie_in_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert launch.tuned_path("NVIDIA H100 80GB/HBM3").parent == tmp_path / "sinkprune"
+    assert "/" not in launch.tuned_path("a/b").name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_tuning_and_warmup_say_so():
+    shape = tuning.Shape(4, 2, 64, 128, 128)
+    for verb in (tuning.tune, tuning.warmup):
+        with pytest.raises(RuntimeError, match="no CUDA device"):
+            verb([shape])
+
+
+def test_rooflines_are_the_textbook_numbers():
+    work = roofline.attention_work(1, 32, 32, 1024, 1024, 128)
+    assert work.flops == 4 * 32 * 1024 * 1024 * 128 and work.exponentials == 32 * 1024 * 1024
+    half = roofline.attention_work(1, 16, 32, 1024, 1024, 128)
+    assert half.flops * 2 == work.flops and half.exponentials * 2 == work.exponentials
+    exact = roofline.column_mass_work(1, 32, 32, 1024, 1024, 128)
+    assert exact.flops * 2 == work.flops
+    assert roofline.column_mass_work(1, 32, 32, 1024, 1024, 128, sample=16).flops * 16 == exact.flops
+    seconds, binding = roofline.least_seconds(work, "H100")
+    assert binding == "tensor cores" and seconds == pytest.approx(work.flops / 989e12)
