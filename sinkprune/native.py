@@ -79,6 +79,7 @@ def _nothing(*arguments: object) -> None:
     """The shape function of an op that returns nothing."""
 
 
+@torch.compiler.assume_constant_result  # loading an extension can't be traced, and does not change
 def available() -> bool:
     """Whether the extension is loaded; :func:`why_not` has the reason when it is not."""
     return _load()[0] is not None

@@ -177,7 +177,10 @@ class ModelTracker:
         self._heads = [len(adapter.kept_heads(i)) for i in range(adapter.geometry().num_layers)]
         if adapter.form == "mask":
             self._heads = list(adapter.geometry().heads)
-        self._forwards = 0
+        self._phase = (
+            0  # forwards since the last one looked at; at most `every` values, so few recompilations
+        )
+        self._forwards: Tensor | None = None  # int64 on the device, so that a graph can count
         self._positions: tuple[Tensor, Tensor] | None = None  # of the padding mask they were made from
         self._seen: tuple[Tensor | None, int] | None = None
         self.tracker: SinkTracker | None = None
@@ -185,7 +188,7 @@ class ModelTracker:
     @property
     def steps(self) -> int:
         """Forwards seen so far."""
-        return self._forwards
+        return 0 if self._forwards is None else int(self._forwards)
 
     def result(self) -> SinkStatistics:
         """The statistics so far. Raises ``RuntimeError`` before the first forward."""
@@ -196,15 +199,18 @@ class ModelTracker:
     def reset(self) -> None:
         if self.tracker is not None:
             self.tracker.reset()
-        self._forwards = 0
+        if self._forwards is not None:
+            self._forwards.zero_()
+        self._phase = 0
 
     def observe(self, layer: int, call: AttentionCall) -> None:
         """Write one layer's column mass into the tracker."""
-        if self._forwards % self._every:
+        if self._phase:
             return
         samples = call.query.shape[0] if self._samples is None else self._samples
         length = call.key.shape[2]
         if self.tracker is None:
+            self._forwards = torch.zeros((), dtype=torch.int64, device=call.query.device)
             context = self._adapter.geometry().context
             self.tracker = SinkTracker(
                 len(self._heads),
@@ -263,7 +269,9 @@ class ModelTracker:
             mask, length = self._seen
             self.tracker.end_step(key_padding_mask=mask, num_keys=length)
             self._seen = None
-        self._forwards += 1
+        if self._forwards is not None:
+            self._forwards += 1
+            self._phase = (self._phase + 1) % self._every
 
 
 def masked_column_mass(call: AttentionCall, query_positions: Tensor | None, samples: int) -> Tensor:
