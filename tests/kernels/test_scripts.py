@@ -18,10 +18,9 @@ ROOT = Path(__file__).parents[2]
     "command",
     [
         [sys.executable, "benchmarks/kernels.py", "--out", "nowhere"],
-        ["bash", "benchmarks/gpu_check.sh", "build", "nowhere"],
         ["bash", "benchmarks/gpu_check.sh", "bench", "nowhere"],
     ],
-    ids=["kernels.py", "gpu_check build", "gpu_check bench"],
+    ids=["kernels.py", "gpu_check bench"],
 )
 def test_without_a_gpu_one_line_and_code_two(command, tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable}
