@@ -45,7 +45,7 @@ def interleaved(
     times = {name: torch.tensor(values, dtype=torch.float64) for name, values in samples.items()}
     first = times[next(iter(calls))]
     timings = {
-        name: Timing(value.median().item(), value.quantile(0.2).item(), value.quantile(0.8).item())
+        name: Timing(value.quantile(0.5).item(), value.quantile(0.2).item(), value.quantile(0.8).item())
         for name, value in times.items()
     }
-    return timings, {name: (first / value).median().item() for name, value in times.items()}
+    return timings, {name: (first / value).quantile(0.5).item() for name, value in times.items()}
