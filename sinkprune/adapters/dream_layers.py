@@ -95,14 +95,11 @@ class DreamLayers(LiveAdapter):
         if replaced is not None:
             site.__dict__["forward"] = replaced
 
-    def resize(self, site: nn.Module, heads: int, kv_heads: int) -> None:
-        """``hidden_size`` is the width of the heads side by side; groups of one leave keys as they are."""
+    def resize(self, site: nn.Module, heads: int, kv_heads: int, group: int) -> None:
+        """``hidden_size`` is the width of the heads side by side; a group of one leaves keys as they are."""
         attention = cast(Any, site)
-        attention.num_heads, attention.num_key_value_heads, attention.num_key_value_groups = (
-            heads,
-            kv_heads,
-            1,
-        )
+        attention.num_heads, attention.num_key_value_heads = heads, kv_heads
+        attention.num_key_value_groups = group
         attention.hidden_size = heads * attention.head_dim
 
 

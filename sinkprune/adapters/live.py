@@ -1,9 +1,9 @@
 """What adapters of live remote-code models share: our attention in the place of one call.
 
-The upstream code keeps running, with its own signatures, caches, positions and masks; its projections become
-smaller and its ``scaled_dot_product_attention`` becomes a ``LiveAttention``, which skips heads, maps query
-heads to key/value heads and shows calls to an observer. So a copy of the code that caches in another way, or
-takes other arguments, needs no adapter of its own.
+The upstream code keeps running, with its own signatures, caches, positions and masks. Its projections become
+smaller; where heads are skipped, share key/value heads unevenly or are observed, its
+``scaled_dot_product_attention`` becomes a ``LiveAttention`` too. So a copy of the code that caches in another
+way, or takes other arguments, needs no adapter of its own.
 """
 
 from __future__ import annotations
@@ -134,8 +134,12 @@ class LiveAdapter(Adapter):
         """Undo ``enter``."""
 
     @abstractmethod
-    def resize(self, site: nn.Module, heads: int, kv_heads: int) -> None:
-        """Tell the upstream code how many heads its projections give now."""
+    def resize(self, site: nn.Module, heads: int, kv_heads: int, group: int) -> None:
+        """Tell the upstream code how many heads its projections give now.
+
+        Every key/value head serves ``group`` query heads; where their numbers differ, ``group`` is 1 and
+        ``LiveAttention`` maps them.
+        """
 
     def attention_weights(self, layer: int) -> AttentionWeights:
         return AttentionWeights(**_tensors(self.attention_linears(layer), layer))
@@ -209,10 +213,13 @@ class LiveAdapter(Adapter):
         if isinstance(attention, _Packed):
             for role, linear in self.attention_linears(layer).items():
                 _take_over(linear, attention.linears[role])
-            site = self.sites()[layer]
-            self.resize(site, len(attention.kv_head_of), attention.kv_heads)
-            device = next(attention.parameters()).device
-            self._live(layer).kv_head_of = torch.tensor(attention.kv_head_of, device=device)
+            owner = attention.kv_head_of
+            group = len(owner) // attention.kv_heads
+            equal = owner == [head // group for head in range(len(owner))]
+            self.resize(self.sites()[layer], len(owner), attention.kv_heads, group if equal else 1)
+            if not equal:  # equal groups run in the upstream code's own attention
+                device = next(attention.parameters()).device
+                self._live(layer).kv_head_of = torch.tensor(owner, device=device)
 
     def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
         self._live(layer).kept_heads = heads

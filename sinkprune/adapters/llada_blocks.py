@@ -115,7 +115,7 @@ class LLaDABlocks(LiveAdapter):
         if replaced is not None:
             site.__dict__[_CALL] = replaced
 
-    def resize(self, site: nn.Module, heads: int, kv_heads: int) -> None:
+    def resize(self, site: nn.Module, heads: int, kv_heads: int, group: int) -> None:
         """The block reads its numbers of heads from its config, which all blocks share: it gets its own."""
         block = cast(Any, site)
         block.config = copy.copy(block.config)

@@ -240,7 +240,7 @@ def test_probabilities_are_not_returned_and_say_so():
     sp.apply(model, manual_plan(model, HEADS))
     x = model.model.embed_tokens(ids)
     with pytest.raises(ValueError, match="call without output_attentions"):
-        model.model.layers[0].self_attn(x, output_attentions=True)
+        model.model.layers[2].self_attn(x, output_attentions=True)
 
 
 def test_layers_of_different_widths_compile_whole():

@@ -65,6 +65,14 @@ def test_nothing_pruned_gives_the_original_logits(changes, mode):
     close(sp.apply(model, manual_plan(model, ALL), mode=mode)(ids).logits, expected)
 
 
+def test_equal_groups_run_in_the_upstream_attention():
+    mha, gqa, heads = llada_twin(), llada_twin(n_kv_heads=2), [[0, 2], [1], [0, 1, 3]]
+    sp.apply(mha, manual_plan(mha, heads))
+    sp.apply(gqa, manual_plan(gqa, heads))
+    assert not any("sinkprune_attention" in block._modules for block in mha.blocks())
+    assert ["sinkprune_attention" in block._modules for block in gqa.blocks()] == [False, False, True]
+
+
 @pytest.mark.parametrize("channels", [None, CHANNELS], ids=["", "and channels"])
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
 def test_pruned_heads_equal_heads_zeroed_by_hand(changes, channels):
@@ -154,6 +162,13 @@ def test_tracked_mass_equals_materialised_probabilities_and_tracking_changes_not
     assert_untouched(model)
 
 
+def owners(call):
+    """The key/value head of each query head of a call."""
+    if call.kv_head_of is not None:
+        return call.kv_head_of.tolist()
+    return [head * call.key.shape[1] // call.query.shape[1] for head in range(call.query.shape[1])]
+
+
 @pytest.mark.parametrize("form", ["mask", "compact"])
 def test_a_pruned_model_is_tracked_with_a_cache(form):
     model, ids = llada_twin(n_kv_heads=2), tokens(1, 12)
@@ -166,7 +181,7 @@ def test_a_pruned_model_is_tracked_with_a_cache(form):
     adapter.observe(None)
     for call, kept in zip(calls, HEADS, strict=True):
         assert (call.query.shape[2], call.key.shape[2]) == (7, 12)
-        owner = [0, 0, 1, 1] if call.kv_head_of is None else call.kv_head_of.tolist()
+        owner = owners(call)
         mass = ops.column_mass(
             call.query, call.key, call.lse, kept_heads=call.kept_heads, kv_head_of=call.kv_head_of
         )
@@ -205,7 +220,7 @@ def test_mass_under_a_bias_equals_materialised_probabilities(form):
         model(ids, attention_bias=causal)
     mass = tracker.result().mass
     for layer, (call, kept) in enumerate(zip(calls, HEADS, strict=True)):
-        owner = [0, 0, 1, 1] if call.kv_head_of is None else call.kv_head_of.tolist()
+        owner = owners(call)
         for i in kept if form == "mask" else range(len(kept)):
             scores = call.query[:, i] @ call.key[:, owner[i]].mT / 8**0.5 + causal[0]
             close(mass[layer, :, i], scores.softmax(-1).mean(1).amax(-1))
@@ -345,7 +360,7 @@ def test_fused_projections_are_tracked_and_refused_by_name_for_pruning():
 
 
 def test_dropout_and_causal_attention_are_refused_while_running():
-    model, ids = llada_twin(attention_dropout=0.1), tokens(1, 5)
+    model, ids = llada_twin(attention_dropout=0.1, n_kv_heads=2), tokens(1, 5)
     sp.apply(model, manual_plan(model, HEADS))
     model.train()
     with pytest.raises(ValueError, match=r"dropout 0.1: call model.eval\(\) first"):
