@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*)
 
-.PHONY: setup demo test sanitize lint clean
+.PHONY: setup demo test sanitize kernels-table lint clean
 
 setup: $(VENV)/.built
 
@@ -25,6 +25,10 @@ test: setup
 # 12,000 random calls through a build with address and undefined-behaviour sanitizers (a few minutes).
 sanitize: setup
 	SINKPRUNE_FUZZ_CALLS=2000 $(BIN)/pytest tests/csrc/test_sanitize.py -s
+
+# Compile every kernel tile for sm_80, sm_90 and sm_100 and write the tables of docs/kernels.md.
+kernels-table: setup
+	$(BIN)/python tests/kernels/ahead.py --table docs/kernels.md
 
 lint: setup
 	$(BIN)/ruff check .
