@@ -124,6 +124,17 @@ def test_it_profiles_plans_and_generates():
     assert (ids != 60).all()
 
 
+@pytest.mark.parametrize("form", ["dense", "mask", "compact"])
+def test_every_form_is_saved_and_loaded(tmp_path, form):
+    model, ids = toy_dream(), tokens(2, 9)
+    if form != "dense":
+        sp.apply(model, manual_plan(model, HEADS, [[0, 7, 9], None, [5]]), mode=form)
+    sp.save(model, tmp_path / "m", shard_bytes=8192)
+    loaded, _ = sp.load(tmp_path / "m")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert sp.adapter_for(loaded).form == form and type(loaded) is type(model)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
