@@ -257,5 +257,5 @@ def adapter_for(model: nn.Module) -> Adapter:
     for family in _FAMILIES:
         if family.recognises(model):
             return family(model)
-    known = ", ".join(family.family for family in _FAMILIES)
+    known = ", ".join(dict.fromkeys(family.family for family in _FAMILIES))
     raise TypeError(f"no adapter recognises a model of type {type(model).__name__}; known families: {known}")
