@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -226,11 +227,13 @@ def save_checkpoint(run: Path, model: LLaDA, optimizers: Optimizers, progress: d
         shards[-1][name] = tensor.contiguous()
         size += tensor.nbytes
     names = []
-    for i, shard in enumerate(shards):
-        names.append(f"state-{progress['step'] % 2}-{i}.safetensors")
+    slot = "b" if any(name.startswith("state-a") for name in progress.get("shards", [])) else "a"
+    for i, shard in enumerate(shards):  # never over the shards that the progress file names
+        names.append(f"state-{slot}-{i}.safetensors")
         save_file(shard, run / (names[-1] + ".part"))
         os.replace(run / (names[-1] + ".part"), run / names[-1])
-    (run / "progress.json.part").write_text(json.dumps({**progress, "shards": names}, indent=1))
+    progress["shards"] = names
+    (run / "progress.json.part").write_text(json.dumps(progress, indent=1))
     os.replace(run / "progress.json.part", run / "progress.json")
 
 
@@ -251,6 +254,8 @@ def train(arguments: argparse.Namespace) -> None:
     run = Path(arguments.run)
     run.mkdir(parents=True, exist_ok=True)
     training_texts, held_texts = speeches()
+    if arguments.start and not (run / "tokenizer.json").exists():
+        shutil.copy(Path(arguments.start) / "tokenizer.json", run / "tokenizer.json")
     if (run / "tokenizer.json").exists():
         tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
     else:
@@ -264,7 +269,10 @@ def train(arguments: argparse.Namespace) -> None:
     optimizers = Optimizers(model, arguments.muon_rate, arguments.adam_rate)
     progress = load_checkpoint(run, model, optimizers)
     if progress is None:
-        spectral_start(model, stream)
+        if arguments.start:
+            model.load_state_dict(load_file(Path(arguments.start) / "model.safetensors"))
+        else:
+            spectral_start(model, stream)
         progress = {"step": 0, "tokens": 0, "seconds": 0.0}
     log = (run / "log.jsonl").open("a")
 
@@ -343,6 +351,7 @@ def main() -> None:
     parser.add_argument(
         "--decay-minutes", type=float, default=0.0, help="instead, decay the rate to zero over this long"
     )
+    parser.add_argument("--start", help="folder of an exported model to go on from, with fresh optimizers")
     parser.add_argument("--export", help="write the final model to this folder")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a step")
     parser.add_argument("--muon-rate", type=float, default=2e-3)
