@@ -1,14 +1,14 @@
 """Train the embedded model "tiny": a LLaDA of 6 layers x 8 heads on the State of the Union addresses.
 
-    python examples/train_tiny.py --run runs/tiny --minutes 60      # starts, or goes on from the newest
-    checkpoint python examples/train_tiny.py --run runs/tiny --decay-minutes 15 --export sinkprune/assets/tiny
+    python examples/train_tiny.py --run runs/tiny --minutes 60                      # starts, or resumes
+    python examples/train_tiny.py --run runs/tiny --decay-minutes 15 --export out/  # the end of a run
+    python examples/train_tiny.py --run runs/more --start sinkprune/assets/tiny     # from the shipped model
 
-The objective is LLaDA's: t ~ U(0, 1) (stratified over the batch), every token masked with probability t,
-cross entropy of the masked tokens weighted by 1/t; in half of the sequences a random prefix is kept as a
-prompt. Two choices make a
-CPU budget go further: embeddings and head start from a truncated SVD of the neighbour statistics with a first
-layer that reads the two neighbours (``spectral_start``), and matrices are trained with Muon, the rest with
-AdamW.
+The objective is LLaDA's: t ~ U(0, 1) (stratified over the batch), every token masked with probability t, cross
+entropy of the masked tokens weighted by 1/t; in half of the sequences a random prefix is kept as a prompt. Two
+choices make a CPU budget go further: embeddings and head start from a truncated SVD of the neighbour statistics
+with a first layer that reads the two neighbours (``spectral_start``), and matrices are trained with Muon, the
+rest with AdamW.
 """
 
 from __future__ import annotations
