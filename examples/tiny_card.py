@@ -156,8 +156,9 @@ twentieth address ({facts["held_out_tokens"]:,} tokens) is held out.
 **Training.** `examples/train_tiny.py`, seed 0: LLaDA's masked-diffusion objective (t ~ U(0,1), weight 1/t, a random
 prompt prefix kept in half of the sequences), {last["step"]:,} steps, {last["tokens"]:,} tokens
 ({last["tokens"] / facts["training_tokens"]:.1f} passes) on two CPU cores in {last["seconds"] / 60:.0f} minutes.
-Embeddings and head start from a truncated SVD of the neighbour statistics; Muon and AdamW; constant rate, then a
-linear decay.
+Embeddings and LM head start from a truncated SVD of the neighbour statistics, and the eight heads of layer 0 as readers
+of the left or right neighbour (so layer 0 is not what training alone would have made of it); Muon and AdamW; constant
+rate, then a linear decay.
 
 ![Held-out loss over training; dotted: the neighbour model](curve.png)
 

@@ -4,11 +4,11 @@
     python examples/train_tiny.py --run runs/tiny --decay-minutes 15 --export out/  # the end of a run
     python examples/train_tiny.py --run runs/more --start sinkprune/assets/tiny     # from the shipped model
 
-The objective is LLaDA's: t ~ U(0, 1) (stratified over the batch), every token masked with probability t, cross
-entropy of the masked tokens weighted by 1/t; in half of the sequences a random prefix is kept as a prompt. Two
-choices make a CPU budget go further: embeddings and head start from a truncated SVD of the neighbour statistics
-with a first layer that reads the two neighbours (``spectral_start``), and matrices are trained with Muon, the
-rest with AdamW.
+The objective is LLaDA's: t ~ U(0, 1) (stratified over the batch), every token masked with probability t,
+cross entropy of the masked tokens weighted by 1/t; in half of the sequences a random prefix is kept as a
+prompt. Two choices make a CPU budget go further: embeddings and head start from a truncated SVD of the
+neighbour statistics with a first layer that reads the two neighbours (``spectral_start``), and matrices
+are trained with Muon, the rest with AdamW.
 """
 
 from __future__ import annotations
@@ -71,8 +71,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 
 
 def neighbour_statistics(stream: Tensor) -> tuple[Tensor, Tensor]:
-    """``(log_unigram [V], log_ratio [V, V])``: smoothed log P(x), and log P(left, x) / P(left)P(x) shrunk to
-    0."""
+    """``(log_unigram [V], log_ratio [V, V])``: log P(x), and log P(left, x) / P(left)P(x), both smoothed."""
     pairs = torch.zeros(VOCABULARY**2).index_add_(
         0, stream[:-1] * VOCABULARY + stream[1:], torch.ones(len(stream) - 1)
     )
@@ -89,7 +88,7 @@ def spectral_start(model: LLaDA, stream: Tensor) -> None:
 
     log P(x | l, r) = log P(x) + L[l] . R[x] + L[x] . R[r] with ``L R^T`` the truncated SVD of the neighbour
     statistics. A token's embedding holds (L, R, constant, filler to a fixed norm); half of layer 0's heads
-    copy L from the left neighbour, half copy R from the right one; a head's row is (R, L, log P).
+    copy L from the left neighbour, half copy R from the right one; a row of the LM head is (R, L, log P).
     """
     config = model.config
     width, heads, head = config.d_model, config.n_heads, config.head_dim
