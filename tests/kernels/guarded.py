@@ -1,6 +1,7 @@
 """Run the kernels on tensors that end, or begin, at a page nobody may touch: out of bounds is a fault.
 
-A process of its own, since a fault ends it. ``--plant`` passes a mask shorter than the keys, to prove it would.
+A process of its own, since a fault ends it. ``--plant`` passes a mask shorter than the
+keys, to prove that it would.
 """
 
 from __future__ import annotations
