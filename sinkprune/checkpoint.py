@@ -64,13 +64,13 @@ def load(
         FileNotFoundError: no such folder or file.
         ValueError: an unknown model type, missing, unexpected or misshapen tensors, or a damaged checkpoint.
     """
-    folder = _folder(source)
+    folder = folder_of(source)
     config = read_json(folder / "config.json")
     manifest = _read_manifest(folder)
     if config.get("model_type") not in NATIVE and manifest is None:
         _check_known(folder, config)
         return load_published(folder, config, dtype).to(device).eval(), _load_tokenizer(folder)
-    model = _lay_out(folder, config)
+    model = lay_out_folder(folder, config)
     plan = form = None
     if manifest is not None and manifest["form"] != "dense":
         plan, form = PrunePlan.from_dict(manifest["plan"]), manifest["form"]
@@ -166,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _folder(source: str | Path) -> Path:
+def folder_of(source: str | Path) -> Path:
     if source == "tiny":
         return asset("tiny")
     folder = Path(source)
@@ -234,7 +234,7 @@ def _check_known(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _lay_out(folder: Path, config: dict[str, Any]) -> nn.Module:
+def lay_out_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
     """The dense model of a parsed ``config.json``, with its parameters on ``meta``."""
     native = NATIVE.get(str(config.get("model_type")))
     if native is None:

@@ -226,7 +226,7 @@ def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from sinkprune import doctor
 
-    facts = doctor.diagnose()
+    facts = doctor.diagnose() if options.model is None else doctor.recognise(options.model)
     return facts, doctor.describe(facts)
 
 
@@ -408,7 +408,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out-of-domain", help="text of another kind (default: the embedded one)")
     sub.add_argument("--out", required=True, help="folder for report.html, report.json and pictures")
 
-    command("doctor", _doctor, "Versions, hardware, and which backend runs what.", "sinkprune doctor --json")
+    sub = command(
+        "doctor",
+        _doctor,
+        "Versions, hardware, and which backend runs what; or what a model is to the package.",
+        "sinkprune doctor --json; sinkprune doctor tiny",
+    )
+    sub.add_argument("model", nargs="?", help="tiny, or a local folder: say what it was recognised as")
     return parser
 
 

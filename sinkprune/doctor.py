@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sinkprune import native, ops
+from sinkprune import checkpoint, native, ops
+from sinkprune.adapters import adapter_for
+from sinkprune.costs import model_block_parameters
 from sinkprune.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -60,6 +63,34 @@ def _try_backends(call: Callable[[str, Tensor], object]) -> dict[str, str]:
         except (ValueError, RuntimeError, ImportError) as error:
             answers[backend] = " ".join(str(error).split())
     return answers
+
+
+def recognise(source: str | Path) -> dict[str, Any]:
+    """What a model folder (or ``"tiny"``) is to the package, laid out without its weights.
+
+    Returns ``family``, ``model_type``, sizes, whether the compact form is possible (or why not) and the mask
+    token. Raises what ``load`` raises for a folder it can't read, and ``TypeError`` for an unknown structure.
+    """
+    folder = checkpoint.folder_of(source)
+    config = checkpoint.read_json(folder / "config.json")
+    adapter = adapter_for(checkpoint.lay_out_folder(folder, config))
+    geometry = adapter.geometry()
+    refusal = adapter.refuse_compact()
+    return {
+        "folder": str(folder),
+        "model_type": config.get("model_type"),
+        "family": geometry.family,
+        "adapter": type(adapter).__name__,
+        "layers": geometry.num_layers,
+        "heads": sorted(set(geometry.heads)),
+        "kv_heads": sorted(set(geometry.kv_heads)),
+        "channels": sorted(set(geometry.channels)),
+        "hidden": geometry.hidden,
+        "context": geometry.context,
+        "block_parameters": model_block_parameters(geometry),
+        "mask_token_id": adapter.mask_token_id,
+        "compact_form": "possible" if refusal is None else f"not possible: {refusal}",
+    }
 
 
 def describe(facts: dict[str, Any]) -> str:

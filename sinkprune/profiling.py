@@ -26,6 +26,7 @@ from sinkprune.sinks import SinkGate, SinkStatistics, SinkTracker
 from sinkprune.version import __version__
 
 SCHEMA = 1
+MOST_KEYS = 8192  # keys that a tracker makes room for unasked
 FAR = 3  # positions: the paper's headline counts heads whose sink moves further than this
 
 
@@ -172,7 +173,15 @@ class ModelTracker:
     Every forward of the model is one step.
     """
 
-    def __init__(self, adapter: Adapter, samples: int | None, every: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        samples: int | None,
+        every: int,
+        max_keys: int | None,
+        options: dict[str, Any],
+    ) -> None:
+        self._max_keys = min(adapter.geometry().context, MOST_KEYS) if max_keys is None else max_keys
         self._adapter, self._samples, self._every, self._options = adapter, samples, every, options
         self._heads = [len(adapter.kept_heads(i)) for i in range(adapter.geometry().num_layers)]
         if adapter.form == "mask":
@@ -211,12 +220,11 @@ class ModelTracker:
         length = call.key.shape[2]
         if self.tracker is None:
             self._forwards = torch.zeros((), dtype=torch.int64, device=call.query.device)
-            context = self._adapter.geometry().context
             self.tracker = SinkTracker(
                 len(self._heads),
                 self._heads,
                 samples,
-                max(context, length),
+                self._max_keys,
                 call.query.device,
                 **self._options,
             )
@@ -227,7 +235,8 @@ class ModelTracker:
         ):
             raise ValueError(
                 f"inside one track, forwards must have {self.tracker.batch_size} samples of at most "
-                f"{self.tracker.max_keys} keys, got {call.query.shape[0]} of {length}; open a new track"
+                f"{self.tracker.max_keys} keys, got {call.query.shape[0]} of {length}; open a new "
+                "track (max_keys= makes room)"
             )
         mask = None if call.key_padding_mask is None else call.key_padding_mask[:samples]
         self._seen = (mask, length)
@@ -306,6 +315,7 @@ def track(
     *,
     samples: int | None = None,
     every: int = 1,
+    max_keys: int | None = None,
     gate: SinkGate | None = None,
     trace: bool = False,
     max_steps: int = 1024,
@@ -321,6 +331,7 @@ def track(
         samples: leading rows of the batch to follow (under classifier-free guidance: the conditional half);
             None = all.
         every: look at every ``every``-th forward only.
+        max_keys: longest key length to make room for; None = the model's context, at most 8192.
         gate: when a sink counts as standing out.
         trace, max_steps: also keep each step's positions and masses.
 
@@ -335,7 +346,9 @@ def track(
     adapter = adapter_for(model)
     if adapter.observed():
         raise RuntimeError("the model is being tracked already; nested tracks are not supported")
-    tracker = ModelTracker(adapter, samples, every, {"gate": gate, "trace": trace, "max_steps": max_steps})
+    tracker = ModelTracker(
+        adapter, samples, every, max_keys, {"gate": gate, "trace": trace, "max_steps": max_steps}
+    )
     hook = adapter.step_module.register_forward_hook(lambda module, inputs, output: tracker.end_step())
     adapter.observe(tracker.observe)
     try:

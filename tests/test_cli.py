@@ -160,3 +160,16 @@ def test_prompts_are_spread_over_the_text():
     assert text.startswith(prompts[0])
     with pytest.raises(ValueError, match="got"):
         prompts_from("short", tokenizer, count=4)
+
+
+def test_doctor_says_what_a_model_was_recognised_as(tmp_path, capsys):
+    run("doctor", "tiny", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["family"], facts["layers"], facts["heads"]) == ("llada", 6, [8])
+    assert facts["compact_form"] == "possible"
+    config = json.loads((sp.checkpoint.asset("tiny") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_layer_norm": True}))
+    run("doctor", tmp_path, "--json")
+    assert "mixes the heads" in json.loads(capsys.readouterr().out)["compact_form"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mystery"}))
+    assert "mystery" in refused(capsys, "doctor", tmp_path)
