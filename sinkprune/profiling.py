@@ -240,25 +240,27 @@ class ModelTracker:
             )
         mask = None if call.key_padding_mask is None else call.key_padding_mask[:samples]
         self._seen = (mask, length)
+        room = self.tracker.mass[layer]
+        in_place = room.device == call.query.device and call.mask is None
         if call.mask is not None:
-            self.tracker.mass[layer][:, :, :length] = masked_column_mass(
-                call, self._counted_queries(call, samples), samples
+            mass = masked_column_mass(call, self._counted_queries(call, samples), samples)
+        else:
+            mass = ops.column_mass(
+                call.query[:samples],
+                call.key[:samples],
+                None if call.lse is None else call.lse[:samples],
+                kept_heads=call.kept_heads,
+                kv_head_of=call.kv_head_of,
+                key_padding_mask=mask,
+                block_size=call.block_size,
+                query_positions=self._counted_queries(call, samples),
+                key_positions=None if call.key_positions is None else call.key_positions[:samples],
+                scale=call.scale,
+                out=room if in_place else None,
             )
-            self.tracker.mass[layer][:, :, length:] = 0
-            return
-        ops.column_mass(
-            call.query[:samples],
-            call.key[:samples],
-            None if call.lse is None else call.lse[:samples],
-            kept_heads=call.kept_heads,
-            kv_head_of=call.kv_head_of,
-            key_padding_mask=mask,
-            block_size=call.block_size,
-            query_positions=self._counted_queries(call, samples),
-            key_positions=None if call.key_positions is None else call.key_positions[:samples],
-            scale=call.scale,
-            out=self.tracker.mass[layer],
-        )
+        if not in_place:  # a layer on another device of a device map, or a mask of its own
+            room[:, :, :length] = mass
+            room[:, :, length:] = 0
 
     def _counted_queries(self, call: AttentionCall, samples: int) -> Tensor | None:
         """The call's query positions, or those of the valid tokens where queries are the keys' own tokens."""
@@ -276,6 +278,7 @@ class ModelTracker:
         """Fold the step's masses into the statistics."""
         if self._seen is not None and self.tracker is not None:
             mask, length = self._seen
+            mask = None if mask is None else mask.to(self.tracker.device)
             self.tracker.end_step(key_padding_mask=mask, num_keys=length)
             self._seen = None
         if self._forwards is not None:
