@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def moments(positions):
     if n == 0:
         return 0, math.nan, 0.0, math.nan, math.nan, 0, 0.0
     mean = sum(positions) / n
-    jumps = [abs(b - a) for a, b in zip(positions, positions[1:], strict=False)]
+    jumps = [abs(b - a) for a, b in pairwise(positions)]
     variance = sum((p - mean) ** 2 for p in positions) / n
     return (
         n, mean, variance, min(positions), max(positions), sum(j > 0 for j in jumps),
@@ -59,17 +60,17 @@ def test_statistics_are_those_of_the_whole_trace(num_heads):
                 ]
                 at = (layer, b, h)
                 for got, expected in ((result.position, moments(positions)), (result.gated, moments(gated))):
-                    seen = [
-                        getattr(got, f)[at]
-                        for f in ("count", "mean", "variance", "minimum", "maximum", "moves", "mean_move")
-                    ]
+                    fields = ("count", "mean", "variance", "minimum", "maximum", "moves", "mean_move")
+                    seen = [getattr(got, f)[at] for f in fields]
                     torch.testing.assert_close(
                         torch.stack(seen), torch.tensor(expected).float(), equal_nan=True
                     )
                 figures = {
-                    "mass": tops.mean(), "mass_variance": tops.var(unbiased=False), "fair_shares": 20 * tops.mean(),
+                    "mass": tops.mean(),
+                    "mass_variance": tops.var(unbiased=False),
+                    "fair_shares": 20 * tops.mean(),
                     "margin": torch.stack([t.values[0] - t.values[1] for t in best]).mean(),
-                }  # fmt: skip
+                }
                 for name, value in figures.items():
                     torch.testing.assert_close(
                         getattr(result, name)[at].double(), value, rtol=1e-4, atol=1e-6
