@@ -230,6 +230,21 @@ def _doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return facts, doctor.describe(facts)
 
 
+def _tune(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Time the shipped tiles on this GPU for a model's shapes, and keep the fastest."""
+    from sinkprune import doctor, tuning
+
+    facts = doctor.recognise(options.model)
+    shapes = [
+        tuning.Shape(heads, max(facts["kv_heads"]), facts["head_dim"], length, length, options.batch)
+        for heads in facts["heads"]
+        for length in options.length
+    ]
+    lines: list[str] = []
+    chosen = tuning.tune(shapes, options.device, report=lines.append)
+    return {"shapes": len(shapes), "chosen": {str(k): str(v) for k, v in chosen.items()}}, "\n".join(lines)
+
+
 def prompts_from(text: str, tokenizer: Any, *, count: int, tokens: int = 16) -> list[str]:
     """``count`` prompts of ``tokens`` tokens, evenly spread over ``text``. Raises ``ValueError`` if it is too
     short."""
@@ -407,6 +422,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", help="held-out text (default: the embedded one)")
     sub.add_argument("--out-of-domain", help="text of another kind (default: the embedded one)")
     sub.add_argument("--out", required=True, help="folder for report.html, report.json and pictures")
+
+    sub = command(
+        "tune",
+        _tune,
+        "Time the kernels' tiles on this GPU for a model's shapes and keep the fastest (opt-in).",
+        "sinkprune tune path/to/LLaDA-8B --length 1024 --length 4096 --device cuda",
+    )
+    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("--length", type=int, action="append", required=True, help="may be repeated")
+    sub.add_argument("--batch", type=int, default=1)
 
     sub = command(
         "doctor",

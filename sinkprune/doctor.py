@@ -36,7 +36,16 @@ def diagnose() -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
         }
-    backends = {name: _try_backends(call) for name, call in _CALLS.items()}
+    cuda = torch.cuda.is_available()
+    q = torch.randn(1, 3, 32, 64, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else None)
+    backends: dict[str, Any] = {name: _try_backends(call, q) for name, call in _CALLS.items()}
+    backends["attention"] |= {
+        "auto takes": ops.attention_backend(q),
+        "auto takes, heads skipped": ops.attention_backend(q, irregular=True),
+    }
+    backends["column_mass"]["auto takes"] = ops.column_mass_backend(q, q, ops.attention(q, q, q)[1])
+    repack = native.serves(q.device)
+    backends["repack"] = {"takes": "native" if repack else f"pytorch: {native.why_not() or 'CPU build only'}"}
     return {"versions": versions, "device": device, "native": native.build_info(), "backends": backends}
 
 
@@ -45,16 +54,14 @@ def _attention(backend: str, q: Tensor) -> object:
 
 
 def _column_mass(backend: str, q: Tensor) -> object:
-    return ops.column_mass(q, q, kept_heads=[0, 2], backend=backend)
+    return ops.column_mass(q, q, ops.attention(q, q, q)[1], kept_heads=[0, 2], backend=backend)
 
 
 _CALLS: dict[str, Callable[[str, Tensor], object]] = {"attention": _attention, "column_mass": _column_mass}
 
 
-def _try_backends(call: Callable[[str, Tensor], object]) -> dict[str, str]:
+def _try_backends(call: Callable[[str, Tensor], object], q: Tensor) -> dict[str, str]:
     """Per backend ``"runs"``, or why it can't serve a small call with skipped heads on this machine."""
-    cuda = torch.cuda.is_available()
-    q = torch.randn(1, 3, 32, 64, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else None)
     answers = {}
     for backend in ops.BACKENDS:
         try:
@@ -85,6 +92,7 @@ def recognise(source: str | Path) -> dict[str, Any]:
         "heads": sorted(set(geometry.heads)),
         "kv_heads": sorted(set(geometry.kv_heads)),
         "channels": sorted(set(geometry.channels)),
+        "head_dim": geometry.head_dim,
         "hidden": geometry.hidden,
         "context": geometry.context,
         "block_parameters": model_block_parameters(geometry),

@@ -98,7 +98,11 @@ def test_doctor_names_versions_and_backends(capsys):
     run("doctor", "--json")
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["sinkprune"] == sp.__version__
-    assert facts["backends"]["attention"]["auto"] == "runs"
+    attention = facts["backends"]["attention"]
+    assert attention["auto"] == "runs" and attention[attention["auto takes"]] == "runs"
+    assert facts["backends"]["repack"]["takes"] == "native" or facts["backends"]["repack"]["takes"].count(
+        ": "
+    )
     assert "available" in facts["native"]
 
 
@@ -118,6 +122,7 @@ def test_doctor_names_versions_and_backends(capsys):
         (["profile", "tiny", "--prompt", "a", "--out", "/proc/nope/p"], "not a folder that can be written"),
         (["demo", "--out", "/proc/nope"], "/proc/nope"),
         (["eval", "tiny", "--text", "missing.txt"], "missing.txt"),
+        (["tune", "tiny", "--length", "64"], "there is no CUDA device"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, message, capsys, tmp_path, monkeypatch):
