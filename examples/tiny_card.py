@@ -1,7 +1,7 @@
 """Write the texts that the package ships, and measure "tiny" into its model card.
 
 python examples/tiny_card.py texts                       # sinkprune/assets/text/*.txt
-python examples/tiny_card.py card --run runs/tiny        # sinkprune/assets/tiny/README.md and its curve
+python examples/tiny_card.py card                        # sinkprune/assets/tiny/README.md and its curve
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["texts", "card"])
-    parser.add_argument("--run", default="runs/tiny", help="the training run, for its log")
+    parser.add_argument("--run", default=Path(__file__).parent / "tiny", help="folder of the training log")
     options = parser.parse_args()
     if options.what == "texts":
         write_texts(ASSETS / "text")
