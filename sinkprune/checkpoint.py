@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
+from sinkprune.adapters.live import LiveAdapter
 from sinkprune.models.dream import Dream, DreamConfig
 from sinkprune.models.llada import MODEL_TYPE, LLaDA, LLaDAConfig
 from sinkprune.models.transformers_native import (
@@ -29,6 +30,7 @@ from sinkprune.models.transformers_native import (
     load_published,
     transformers_class,
 )
+from sinkprune.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.planning import PrunePlan
 from sinkprune.repacking import apply, install_compact, mark
 from sinkprune.version import __version__
@@ -98,7 +100,8 @@ def save(
     """Write ``model`` so that ``load(folder)`` reads it back; the folder appears whole or not at all.
 
     Args:
-        model: a native model, or one of a transformers class; dense, masked or compact.
+        model: a native model, one of a transformers class, or a live LLaDA or Dream object, which is written
+            as the native model it equals; dense, masked or compact.
         folder: must not exist, unless ``overwrite`` and it holds a checkpoint of ours.
         tokenizer: saved beside it where given.
         overwrite: replace a checkpoint that ``save`` wrote.
@@ -109,6 +112,7 @@ def save(
         TypeError: a model of any other class, which ``load`` could not make again.
     """
     folder = Path(folder)
+    model = _as_native(model)
     config = _describe(model)
     if folder.exists() and not (overwrite and (folder / MANIFEST).exists()):
         raise FileExistsError(
@@ -210,6 +214,53 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     if (folder / "model.safetensors").exists():
         return {folder / "model.safetensors": None}
     raise FileNotFoundError(f"{folder}: expected model.safetensors or {INDEX}")
+
+
+def _as_native(model: nn.Module) -> nn.Module:
+    """A native model over the tensors of a live upstream object; any other model as it is."""
+    try:
+        adapter = adapter_for(model)
+    except TypeError:
+        return model
+    if not isinstance(adapter, LiveAdapter):
+        return model
+    family = adapter.geometry().family
+    kind = next((name for name in NATIVE if name.lower() == family), None)
+    config: Any = model.config
+    if kind is None or adapter.geometry().num_layers == 0:
+        raise TypeError(f"save writes native models, and there is none for {type(model).__name__}")
+    values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    with torch.device("meta"):
+        native = NATIVE[kind]({**values, "model_type": kind})
+    plan: PrunePlan | None = getattr(model, "prune_plan", None)
+    if adapter.form == "compact" and plan is not None:
+        install_compact(native, plan)
+    tensors = {k: v for k, v in model.state_dict().items() if k in native.state_dict()}
+    attentions = [name for name, m in native.named_modules() if isinstance(m, SinkPrunedAttention)]
+    for layer, name in enumerate(attentions):
+        dense = adapter.attention_weights(layer)
+        tensors[f"{name}.qkv_proj.weight"] = torch.cat((dense.q, dense.k, dense.v))
+        tensors[f"{name}.o_proj.weight"] = dense.o
+        if dense.q_bias is not None and dense.k_bias is not None and dense.v_bias is not None:
+            tensors[f"{name}.qkv_proj.bias"] = torch.cat((dense.q_bias, dense.k_bias, dense.v_bias))
+        if dense.o_bias is not None:
+            tensors[f"{name}.o_proj.bias"] = dense.o_bias
+    narrowed = (
+        [i for i, kept in enumerate(plan.layers) if kept.kept_channels is not None] if attentions else []
+    )
+    compact_mlps = [name for name, m in native.named_modules() if isinstance(m, CompactMLP)]
+    for layer, name in zip(narrowed, compact_mlps, strict=True):
+        mlp = adapter.mlp_weights(layer)
+        assert mlp.gate is not None
+        tensors[f"{name}.gate_up_proj.weight"] = torch.cat((mlp.gate, mlp.up))
+        tensors[f"{name}.down_proj.weight"] = mlp.down
+        if mlp.gate_bias is not None and mlp.up_bias is not None:
+            tensors[f"{name}.gate_up_proj.bias"] = torch.cat((mlp.gate_bias, mlp.up_bias))
+        if mlp.down_bias is not None:
+            tensors[f"{name}.down_proj.bias"] = mlp.down_bias
+    native.load_state_dict(tensors, assign=True)
+    mark(native, plan, adapter.form)
+    return native
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
