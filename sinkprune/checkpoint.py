@@ -245,9 +245,8 @@ def _as_native(model: nn.Module) -> nn.Module:
             tensors[f"{name}.qkv_proj.bias"] = torch.cat((dense.q_bias, dense.k_bias, dense.v_bias))
         if dense.o_bias is not None:
             tensors[f"{name}.o_proj.bias"] = dense.o_bias
-    narrowed = (
-        [i for i, kept in enumerate(plan.layers) if kept.kept_channels is not None] if attentions else []
-    )
+    layers = plan.layers if plan is not None and attentions else []
+    narrowed = [i for i, kept in enumerate(layers) if kept.kept_channels is not None]
     compact_mlps = [name for name, m in native.named_modules() if isinstance(m, CompactMLP)]
     for layer, name in zip(narrowed, compact_mlps, strict=True):
         mlp = adapter.mlp_weights(layer)
