@@ -11,7 +11,6 @@ which on a bidirectional model is an approximation, with pruning and without.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sinkprune as sp
+from sinkprune.timing import interleaved
 
 KeyValueCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -157,21 +157,17 @@ def main(arguments: list[str] | None = None) -> None:
         variance = tracker.result().position.variance[:, 0].nan_to_num()  # [layers, heads]
         stable = variance.argsort(dim=1, stable=True)[:, : options.keep]
         stack.keep([list(range(stack.heads))] * stack.layers)  # without observers, to be timed
-        seconds = {"dense": timed(lambda: sample(stack, *settings))}
-        stack.keep([sorted(layer.tolist()) for layer in stable])
-        pruned = sample(stack, *settings)
-        seconds["pruned"] = timed(lambda: sample(stack, *settings))
+        small = Stack(model.state_dict(), config.n_heads, config.rope_theta, config.rms_norm_eps)
+        small.keep([sorted(layer.tolist()) for layer in stable])
+        pruned = sample(small, *settings)
+        calls = {"dense": lambda: sample(stack, *settings), "pruned": lambda: sample(small, *settings)}
+        timings, ratios = interleaved(calls, repeats=3, warmup=1)
 
     print(f"sink position variance by head, layer 0: {[round(v, 1) for v in variance[0].tolist()]}")
     for name, ids in (("dense", dense), ("pruned", pruned)):
         text = tokenizer.decode(ids[0, prompt.shape[1] :].tolist())
-        print(f"{name}: {options.tokens / seconds[name]:.0f} tokens/s\n  {text}")
-
-
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+        print(f"{name}: {1e3 * options.tokens / timings[name].median:.0f} tokens/s\n  {text}")
+    print(f"pruned is {ratios['pruned']:.2f} times as fast")
 
 
 if __name__ == "__main__":

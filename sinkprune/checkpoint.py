@@ -116,7 +116,7 @@ def save(
     config = _describe(model)
     if folder.exists() and not (overwrite and (folder / MANIFEST).exists()):
         raise FileExistsError(
-            f"{folder} exists; choose another path or overwrite=True for a sinkprune checkpoint"
+            f"{folder} exists; choose another path (overwrite=True replaces what save wrote)"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

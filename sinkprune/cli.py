@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        _check_device(getattr(options, "device", "cpu"))
         result, text = options.run(options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
@@ -106,7 +108,7 @@ def _profile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     profile.save(out)
     summary = profile.summary()
     text = (
-        f"{summary['samples']} trajectories of {summary['steps']} steps: "
+        f"trajectories: {summary['samples']} of {summary['steps']} steps: "
         f"{100 * summary['heads_moving_over_3']:.0f} % of heads move their sink more than 3 positions\n"
         f"({100 * summary['heads_moving_over_3_gated']:.0f} % counting only sinks that stand out)\n"
         f"wrote {out}"
@@ -203,6 +205,8 @@ def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     profile = profiling.SinkProfile.load(options.profile)
     dense, tokenizer = checkpoint.load(options.dense, device=options.device)
     pruned, _ = checkpoint.load(options.pruned, device=options.device)
+    if getattr(dense, "prune_plan", None) is not None:
+        raise ValueError(f"{options.dense} is already pruned; the first argument is the dense model")
     plan = getattr(pruned, "prune_plan", None)
     if plan is None:
         raise ValueError(f"{options.pruned} is not a pruned checkpoint")
@@ -269,6 +273,19 @@ def _summary(values: dict[str, Any]) -> str:
     )
 
 
+def _check_device(name: str) -> None:
+    """Raise ``ValueError`` for a device that is not there."""
+    if name == "cpu":
+        return
+    import torch
+
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    index = int(name.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+
+
 def _teller(options: argparse.Namespace) -> Callable[[str], None]:
     """Progress lines on standard error, unless ``--quiet``."""
 
@@ -294,6 +311,8 @@ def _text(path: str | None, embedded: str) -> str:
 def _output_folder(path: str) -> Path:
     """The folder, made if need be, before any long work. Raises ``OSError`` where it can't be written."""
     folder = Path(path)
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, expected a folder to write")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} can't be written")
@@ -333,9 +352,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def sampler(sub: argparse.ArgumentParser, gen_length: int) -> None:
         sub.add_argument("--steps", type=int, default=64, help="forwards (default: %(default)s)")
-        sub.add_argument("--gen-length", type=int, default=gen_length, help="new tokens")
+        sub.add_argument("--gen-length", type=int, default=gen_length, help="new tokens (%(default)s)")
         sub.add_argument("--block-length", type=int, help="tokens of a block (default: one block)")
-        sub.add_argument("--temperature", type=float, default=0.0)
+        sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the argmax (default)")
         sub.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
         sub.add_argument("--seed", type=int, default=0)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sinkprune import checkpoint, native, ops
 from sinkprune.adapters import adapter_for
 from sinkprune.costs import model_block_parameters
+from sinkprune.planning import PrunePlan
 from sinkprune.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -83,7 +84,16 @@ def recognise(source: str | Path) -> dict[str, Any]:
     adapter = adapter_for(checkpoint.lay_out_folder(folder, config))
     geometry = adapter.geometry()
     refusal = adapter.refuse_compact()
+    pruned: dict[str, Any] = {"form": "dense"}
+    if (folder / checkpoint.MANIFEST).exists():
+        manifest = checkpoint.read_json(folder / checkpoint.MANIFEST)
+        pruned["form"] = manifest.get("form")
+        if manifest.get("plan"):
+            plan = PrunePlan.from_dict(manifest["plan"])
+            pruned["heads_removed"] = plan.heads_removed
+            pruned["block_parameters_removed"] = plan.parameters_removed
     return {
+        **pruned,
         "folder": str(folder),
         "model_type": config.get("model_type"),
         "family": geometry.family,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,8 +59,10 @@ def denoise(
     ids, valid, mask_id, block_length = _prepare(
         model, prompt_ids, attention_mask, steps, gen_length, block_length, remasking, mask_token_id
     )
-    if temperature < 0 or cfg_scale < 0:
-        raise ValueError(f"temperature and cfg_scale must be at least 0, got {temperature} and {cfg_scale}")
+    if not (0 <= temperature < math.inf and 0 <= cfg_scale < math.inf):
+        raise ValueError(
+            f"temperature and cfg_scale must be finite and at least 0, got {temperature} and {cfg_scale}"
+        )
     adapter = adapter_for(model)
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
     prompt_length = prompt_ids.shape[1]
@@ -140,6 +143,9 @@ def _prepare(
     """Check the arguments; return the masked canvas, its attention mask, the mask id and the block length."""
     if prompt_ids.dim() != 2 or prompt_ids.shape[1] < 1:
         raise ValueError(f"prompt_ids must have shape [B, P] with P >= 1, got {tuple(prompt_ids.shape)}")
+    vocabulary = adapter_for(model).geometry().vocabulary
+    if prompt_ids.is_floating_point() or prompt_ids.min() < 0 or prompt_ids.max() >= vocabulary:
+        raise ValueError(f"prompt_ids must be integers in [0, {vocabulary}), got {prompt_ids.dtype} values")
     if attention_mask is not None and attention_mask.shape != prompt_ids.shape:
         raise ValueError(
             f"attention_mask must have shape {tuple(prompt_ids.shape)}, got {tuple(attention_mask.shape)}"
@@ -150,6 +156,8 @@ def _prepare(
     if block < 1 or gen_length % block:
         raise ValueError(f"block_length must divide gen_length={gen_length}, got {block}")
     blocks = gen_length // block
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
     if steps < blocks or steps % blocks or steps > gen_length:
         raise ValueError(
             f"steps must be a multiple of {blocks} blocks and at most gen_length={gen_length}, got {steps}"

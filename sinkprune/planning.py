@@ -95,7 +95,7 @@ class PrunePlan:
     def load(cls, path: str | Path) -> PrunePlan:
         try:
             values = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a prune plan, got a JSON {type(values).__name__}")
@@ -156,7 +156,9 @@ def plan(
     adapter = adapter_for(model)
     geometry = adapter.geometry()
     rule = criterion_for(criterion)
-    targets = tuple(targets)
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    if not isinstance(ratio, (int, float)):
+        raise TypeError(f"ratio must be a number, got {ratio!r}")
     _check_arguments(adapter, rule, profile, ratio, unit, targets, allocation, min_heads)
 
     scores = rule.score(adapter, profile, seed)

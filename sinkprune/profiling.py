@@ -363,7 +363,7 @@ def track(
 
 def profile(
     model: nn.Module,
-    prompts: list[str] | Tensor,
+    prompts: str | list[str] | Tensor,
     *,
     tokenizer: Any = None,
     steps: int = 64,
@@ -386,6 +386,8 @@ def profile(
     Raises:
         ValueError: what ``denoise`` raises.
     """
+    if isinstance(prompts, str):
+        prompts = [prompts]
     if isinstance(prompts, Tensor):
         ids, valid = prompts, torch.ones_like(prompts)
     else:

@@ -27,6 +27,8 @@ def apply(model: nn.Module, plan: PrunePlan, mode: str = "compact", *, low_memor
             weights; a plan for another model; a layer that can't be compacted.
     """
     adapter = adapter_for(model)
+    if not isinstance(plan, PrunePlan):
+        raise TypeError(f"plan must be a PrunePlan (see PrunePlan.load), got {type(plan).__name__}")
     if mode not in ("compact", "mask"):
         raise ValueError(f"mode must be 'compact' or 'mask', got {mode!r}")
     if adapter.form != "dense":

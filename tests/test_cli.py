@@ -123,6 +123,9 @@ def test_doctor_names_versions_and_backends(capsys):
         (["demo", "--out", "/proc/nope"], "/proc/nope"),
         (["eval", "tiny", "--text", "missing.txt"], "missing.txt"),
         (["tune", "tiny", "--length", "64"], "there is no CUDA device"),
+        (["generate", "tiny", "a", "--temperature", "nan"], "must be finite"),
+        (["generate", "tiny", "a", "--steps", "0"], "positive integer, got 0"),
+        (["generate", "tiny", "a", "--device", "tpu"], "must be cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -143,6 +146,13 @@ def test_a_plan_or_profile_of_another_model_is_refused(made, tmp_path, capsys):
     assert "is not JSON" in refused(capsys, "apply", "tiny", "--plan", tmp_path / "other.json", "--out", "x")
     already = refused(capsys, "apply", made / "pruned", "--plan", made / "plan.json", "--out", tmp_path / "x")
     assert "already pruned" in already
+    line = refused(capsys, "apply", "tiny", "--plan", made / "profile.safetensors", "--out", tmp_path / "x")
+    assert "is not JSON" in line
+    pruned = made / "pruned"
+    files = ["--profile", made / "profile.safetensors", "--out", tmp_path / "r"]
+    assert "already pruned" in refused(capsys, "report", pruned, pruned, *files)
+    run("doctor", pruned, "--json")
+    assert json.loads(capsys.readouterr().out)["heads_removed"] == 18
     (tmp_path / "p").write_bytes((made / "profile.safetensors").read_bytes()[:1000])
     line = refused(capsys, "plan", "tiny", "--profile", tmp_path / "p", "--out", tmp_path / "plan.json")
     assert "is not a sink profile" in line

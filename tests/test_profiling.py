@@ -384,3 +384,13 @@ def test_bad_profiling_arguments_are_refused_and_the_model_is_free_again(model, 
     with pytest.raises(ValueError, match=message):
         sp.profile(model, prompts, **(SIZES | options))
     assert not adapter_for(model).observed()
+
+
+def test_one_string_is_one_prompt(model):
+    assert sp.profile(model, "w3 w4", tokenizer=WordTokenizer(), **SIZES).samples == 1
+
+
+@pytest.mark.parametrize("ids", [torch.full((1, 4), 61), torch.full((1, 4), -1), torch.rand(1, 4)])
+def test_ids_outside_the_vocabulary_are_refused(model, ids):
+    with pytest.raises(ValueError, match=r"must be integers in \[0, 61\)"):
+        sp.profile(model, ids, **SIZES)
