@@ -363,3 +363,16 @@ def test_only_native_models_are_saved(tmp_path):
     with pytest.raises(TypeError, match="save writes native models, got Linear"):
         sp.save(torch.nn.Linear(2, 2), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compact_checkpoint_is_smaller_on_disk_by_what_was_removed(tmp_path):
+    model = toy()
+    sizes = {}
+    for form in ("dense", "compact"):
+        if form == "compact":
+            sp.apply(model, manual_plan(model, [[0, 2], [1], [0, 1, 3]]))
+        file = sp.save(model, tmp_path / form) / "model.safetensors"
+        header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        sizes[form] = file.stat().st_size - header
+    removed_heads, head_dim, width, float32 = 6, 8, 32, 4
+    assert sizes["dense"] - sizes["compact"] == removed_heads * 4 * head_dim * width * float32
