@@ -32,7 +32,7 @@ from sinkprune.models.transformers_native import (
 )
 from sinkprune.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.planning import PrunePlan
-from sinkprune.repacking import apply, install_compact, mark
+from sinkprune.repacking import apply, compact_mlp, install_compact, mark
 from sinkprune.version import __version__
 
 MANIFEST = "sinkprune.json"
@@ -237,26 +237,23 @@ def _as_native(model: nn.Module) -> nn.Module:
         install_compact(native, plan)
     tensors = {k: v for k, v in model.state_dict().items() if k in native.state_dict()}
     attentions = [name for name, m in native.named_modules() if isinstance(m, SinkPrunedAttention)]
+    packed: dict[str, nn.Module] = {}
     for layer, name in enumerate(attentions):
-        dense = adapter.attention_weights(layer)
-        tensors[f"{name}.qkv_proj.weight"] = torch.cat((dense.q, dense.k, dense.v))
-        tensors[f"{name}.o_proj.weight"] = dense.o
-        if dense.q_bias is not None and dense.k_bias is not None and dense.v_bias is not None:
-            tensors[f"{name}.qkv_proj.bias"] = torch.cat((dense.q_bias, dense.k_bias, dense.v_bias))
-        if dense.o_bias is not None:
-            tensors[f"{name}.o_proj.bias"] = dense.o_bias
+        laid_out = cast(SinkPrunedAttention, native.get_submodule(name))
+        owner = laid_out.kv_head_of
+        packed[name] = SinkPrunedAttention.from_projections(
+            **vars(adapter.attention_weights(layer)),
+            head_dim=laid_out.head_dim,
+            kv_head_of=list(range(laid_out.num_heads)) if owner is None else owner.tolist(),
+        )
     layers = plan.layers if plan is not None and attentions else []
     narrowed = [i for i, kept in enumerate(layers) if kept.kept_channels is not None]
     compact_mlps = [name for name, m in native.named_modules() if isinstance(m, CompactMLP)]
     for layer, name in zip(narrowed, compact_mlps, strict=True):
         mlp = adapter.mlp_weights(layer)
-        assert mlp.gate is not None
-        tensors[f"{name}.gate_up_proj.weight"] = torch.cat((mlp.gate, mlp.up))
-        tensors[f"{name}.down_proj.weight"] = mlp.down
-        if mlp.gate_bias is not None and mlp.up_bias is not None:
-            tensors[f"{name}.gate_up_proj.bias"] = torch.cat((mlp.gate_bias, mlp.up_bias))
-        if mlp.down_bias is not None:
-            tensors[f"{name}.down_proj.bias"] = mlp.down_bias
+        packed[name] = compact_mlp(mlp, list(range(mlp.up.shape[0])))
+    for name, module in packed.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in module.state_dict().items()}
     native.load_state_dict(tensors, assign=True)
     mark(native, plan, adapter.form)
     return native

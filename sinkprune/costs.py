@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sinkprune.planning import LayerPlan, PrunePlan
 
 
-def block_parameters(geometry: Geometry, layer: int, heads: int, kv_heads: int, channels: int) -> int:
+def block_parameters(geometry: Geometry, heads: int, kv_heads: int, channels: int) -> int:
     """Weights of a block's matrices: q, o (``heads``), k, v (``kv_heads``), the MLP's (``channels``)."""
     return geometry.hidden * (2 * geometry.head_dim * (heads + kv_heads) + geometry.mlp_matrices * channels)
 
@@ -29,7 +29,7 @@ def model_block_parameters(geometry: Geometry, plan: PrunePlan | None = None) ->
     """Block parameters of the model, dense or under ``plan``; embeddings, norms and LM head not counted."""
     return sum(
         block_parameters(
-            geometry, layer, *layer_sizes(geometry, layer, None if plan is None else plan.layers[layer])
+            geometry, *layer_sizes(geometry, layer, None if plan is None else plan.layers[layer])
         )
         for layer in range(geometry.num_layers)
     )
@@ -46,7 +46,7 @@ def step_flops(geometry: Geometry, plan: PrunePlan | None, batch: int, length: i
     for layer in range(geometry.num_layers):
         sizes = layer_sizes(geometry, layer, None if plan is None else plan.layers[layer])
         core = 4 * rows * length * sizes[0] * geometry.head_dim
-        total += 2 * rows * block_parameters(geometry, layer, *sizes) + core
+        total += 2 * rows * block_parameters(geometry, *sizes) + core
     return total
 
 

@@ -102,19 +102,10 @@ def compact_attention(
 ) -> SinkPrunedAttention:
     """Pack the kept query heads, and the key/value heads that they read, into one fused layer."""
     return SinkPrunedAttention.from_projections(
-        weights.q,
-        weights.k,
-        weights.v,
-        weights.o,
+        **vars(weights),
         head_dim=geometry.head_dim,
         kept_heads=kept_heads,
         kv_head_of=geometry.kv_head_of(layer),
-        q_bias=weights.q_bias,
-        k_bias=weights.k_bias,
-        v_bias=weights.v_bias,
-        o_bias=weights.o_bias,
-        q_norm=weights.q_norm,
-        k_norm=weights.k_norm,
     )
 
 

@@ -128,7 +128,7 @@ class LLaDABlock(nn.Module):
         width, head = config.d_model, config.head_dim
         kv_width = config.kv_heads * head
         qkv_bias = config.include_bias or config.include_qkv_bias
-        self.head_dim, self.num_heads, self.num_kv_heads = head, config.n_heads, config.kv_heads
+        self.head_dim = head
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.ff_norm = RMSNorm(width, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=qkv_bias)
