@@ -97,13 +97,8 @@ def _profile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         model,
         prompts,
         tokenizer=tokenizer,
-        steps=options.steps,
-        gen_length=options.gen_length,
-        block_length=options.block_length,
-        temperature=options.temperature,
-        cfg_scale=options.cfg_scale,
-        seed=options.seed,
         progress=not options.quiet,
+        **_sampler_options(options),
     )
     profile.save(out)
     summary = profile.summary()
@@ -186,13 +181,8 @@ def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         model,
         tokenizer,
         options.prompt,
-        steps=options.steps,
-        gen_length=options.gen_length,
-        block_length=options.block_length,
-        temperature=options.temperature,
-        cfg_scale=options.cfg_scale,
-        seed=options.seed,
         progress=not options.quiet,
+        **_sampler_options(options),
     )
     return {"prompt": options.prompt, "text": text}, str(text)
 
@@ -271,6 +261,12 @@ def _summary(values: dict[str, Any]) -> str:
         f"{speed['dense_ms_per_step']:.2f} -> {speed['pruned_ms_per_step']:.2f} ms per step: "
         f"{speed['ratio']:.2f}x, arithmetic allows {speed['ceiling']:.2f}x"
     )
+
+
+def _sampler_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``profile`` and ``generate`` tell the sampler."""
+    names = ("steps", "gen_length", "block_length", "temperature", "cfg_scale", "seed")
+    return {name: getattr(options, name) for name in names}
 
 
 def _check_device(name: str) -> None:
