@@ -137,6 +137,22 @@ class Adapter(ABC):
     @abstractmethod
     def mask_token_id(self) -> int | None: ...
 
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks in order.
+
+        Each takes hidden states ``[B, L, hidden]`` as its first argument and returns them, alone or first of
+        a tuple. Raises ``ValueError`` for a family that has not said where they are.
+        """
+        raise ValueError(f"the {self.family} adapter names no blocks to run one by one")
+
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        """A dense layer's linear modules by role: ``q k v o`` or ``qkv o``; where channels can be pruned also
+        ``gate up down``, ``gate_up down`` or ``up down``.
+
+        Raises ``ValueError`` for a family that has not said where they are.
+        """
+        raise ValueError(f"the {self.family} adapter names no linear modules to calibrate")
+
     def predict(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
     ) -> Tensor:

@@ -18,6 +18,11 @@ from sinkprune.adapters.base import (
 )
 from sinkprune.models.dream import Dream, DreamAttention, DreamLayer, DreamMLP
 
+LINEARS = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+
 
 @register_adapter
 class NativeDream(Adapter):
@@ -50,16 +55,23 @@ class NativeDream(Adapter):
     def mask_token_id(self) -> int | None:
         return self.model.config.mask_token_id
 
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.layers)
+
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        return {role: self._layer(layer).get_submodule(name) for role, name in LINEARS.items()}
+
     def attention_weights(self, layer: int) -> AttentionWeights:
         dense = cast(DreamAttention, self._layer(layer).self_attn)
         return AttentionWeights(
             dense.q_proj.weight, dense.k_proj.weight, dense.v_proj.weight, dense.o_proj.weight,
-            dense.q_proj.bias, dense.k_proj.bias, dense.v_proj.bias,
+            dense.q_proj.bias, dense.k_proj.bias, dense.v_proj.bias, dense.o_proj.bias,
         )  # fmt: skip
 
     def mlp_weights(self, layer: int) -> MLPWeights:
         dense = cast(DreamMLP, self._layer(layer).mlp)
-        return MLPWeights(dense.gate_proj.weight, dense.up_proj.weight, dense.down_proj.weight)
+        gate, up, down = dense.gate_proj, dense.up_proj, dense.down_proj
+        return MLPWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
 
     def install(self, layer: int, attention: nn.Module | None, mlp: nn.Module | None) -> None:
         block = self._layer(layer)

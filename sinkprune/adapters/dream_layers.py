@@ -43,6 +43,9 @@ class DreamLayers(LiveAdapter):
     def sites(self) -> list[nn.Module]:
         return [layer.self_attn for layer in cast(Any, self.model).model.layers]
 
+    def blocks(self) -> list[nn.Module]:
+        return list(cast(Any, self.model).model.layers)
+
     @property
     def _config(self) -> Any:
         return cast(Any, self.model).config

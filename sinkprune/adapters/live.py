@@ -141,6 +141,10 @@ class LiveAdapter(Adapter):
         ``LiveAttention`` maps them.
         """
 
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        gated = self.geometry().channels[layer] > 0
+        return self.attention_linears(layer) | (self.mlp_linears(layer) if gated else {})
+
     def attention_weights(self, layer: int) -> AttentionWeights:
         return AttentionWeights(**_tensors(self.attention_linears(layer), layer))
 

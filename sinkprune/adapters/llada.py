@@ -18,6 +18,11 @@ from sinkprune.adapters.base import (
 from sinkprune.models.llada import LLaDA, LLaDABlock
 from sinkprune.modules import SinkPrunedAttention
 
+LINEARS = {
+    "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out",
+    "gate": "ff_proj", "up": "up_proj", "down": "ff_out",
+}  # fmt: skip
+
 
 @register_adapter
 class NativeLLaDA(Adapter):
@@ -49,6 +54,12 @@ class NativeLLaDA(Adapter):
     @property
     def mask_token_id(self) -> int | None:
         return self.model.config.mask_token_id
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.blocks)
+
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        return {role: self._block(layer).get_submodule(name) for role, name in LINEARS.items()}
 
     def attention_weights(self, layer: int) -> AttentionWeights:
         block = self._block(layer)

@@ -45,6 +45,9 @@ class LLaDABlocks(LiveAdapter):
     def sites(self) -> list[nn.Module]:
         return _blocks(self.model)
 
+    def blocks(self) -> list[nn.Module]:
+        return self.sites()
+
     @property
     def _config(self) -> Any:
         return cast(Any, self.model).model.config

@@ -208,6 +208,14 @@ class TransformersAdapter(Adapter):
         """The MLP's linear layers by role. Raises ``ValueError`` naming why it can't be pruned."""
         raise ValueError(f"MLP channels of {self.family} models can't be pruned, only heads")
 
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        block = self.blocks()[layer]
+        try:
+            mlp = self.mlp_of(block)
+        except ValueError:  # experts: their channels are never pruned
+            mlp = {}
+        return self.projections_of(block) | mlp
+
     @property
     def config(self) -> Any:
         return cast(Any, self.model).config.get_text_config()
