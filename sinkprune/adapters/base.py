@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -161,6 +162,11 @@ class Adapter(ABC):
         A family undoes its own shift here, and runs its LM head on those rows only where it can.
         """
         return self.model(input_ids, attention_mask=attention_mask).logits[:, rows]
+
+    def hiding(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
+        """While the blocks run one by one: hide padding as ``predict`` does, where the blocks' own arguments
+        do not."""
+        return nullcontext()
 
     @property
     def step_module(self) -> nn.Module:

@@ -9,6 +9,8 @@ way, or takes other arguments, needs no adapter of its own.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -155,15 +157,20 @@ class LiveAdapter(Adapter):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
     ) -> Tensor:
         """Logits as in ``Adapter.predict``. Padding is honoured whether or not the upstream code does."""
-        if attention_mask is None:
+        with self.hiding(attention_mask):
             return self.model(input_ids).logits[:, rows]
+
+    @contextmanager
+    def hiding(self, attention_mask: Tensor | None) -> Iterator[None]:
+        if attention_mask is None:
+            yield
+            return
         self._require_uncompiled()
-        valid = attention_mask.bool()
         layers = [self._live(layer) for layer in range(len(self.sites()))]
         try:
             for live in layers:
-                live.key_padding_mask = valid
-            return self.model(input_ids).logits[:, rows]
+                live.key_padding_mask = attention_mask.bool()
+            yield
         finally:
             for layer, live in enumerate(layers):
                 live.key_padding_mask = None
