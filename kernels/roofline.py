@@ -29,10 +29,12 @@ class Peak:
     exponentials: float
 
 
-# Data sheets: A100 SXM 80 GB (108 SMs, 1.41 GHz boost) and H100 SXM (132 SMs, 1.755 GHz boost under load).
+# Data sheets: A100 SXM 80 GB (108 SMs, 1.41 GHz boost), H100 SXM (132 SMs, 1.755 GHz boost under load) and
+# H200 SXM (an H100 with faster memory).
 PEAKS = {
     "A100": Peak(312e12, 2.039e12, 16 * 108 * 1.41e9),
     "H100": Peak(989e12, 3.35e12, 16 * 132 * 1.755e9),
+    "H200": Peak(989e12, 4.8e12, 16 * 132 * 1.755e9),
 }
 
 
