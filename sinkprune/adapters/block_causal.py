@@ -1,0 +1,73 @@
+"""What the adapters of the native block-diffusion models share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from sinkprune.adapters.base import Adapter, LayerObserver, MLPWeights
+from sinkprune.models.block_causal import BlockCausalLM, GatedMLP, positions_of
+
+MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+
+
+class NativeBlockCausal(Adapter):
+    """Compact modules take the place of a layer's attention and ``layer.mlp``."""
+
+    model: BlockCausalLM
+    ATTENTION: ClassVar[dict[str, str]]  # the attention's linear modules by role, as named in a layer
+
+    @abstractmethod
+    def attention_of(self, layer: int) -> nn.Module:
+        """The layer's attention, dense or compact."""
+
+    @property
+    def mask_token_id(self) -> int | None:
+        return self.model.config.mask_token_id
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.layers)
+
+    def mlp_weights(self, layer: int) -> MLPWeights:
+        dense = self.mlp_of(layer)
+        gate, up, down = dense.gate_proj, dense.up_proj, dense.down_proj
+        return MLPWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+
+    def mlp_of(self, layer: int) -> GatedMLP:
+        """The layer's dense MLP. Raises ``ValueError`` where it has none."""
+        mlp = self.model.layers[layer].get_submodule("mlp")
+        if not isinstance(mlp, GatedMLP):
+            raise ValueError(
+                f"the MLP of layer {layer} is a mixture of experts: only its heads can be pruned"
+            )
+        return mlp
+
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        block = self.model.layers[layer]
+        gated = isinstance(block.mlp, GatedMLP)
+        names = {**self.ATTENTION, **(MLP if gated else {})}
+        return {role: block.get_submodule(name) for role, name in names.items()}
+
+    def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
+        if channels is not None or isinstance(self.model.layers[layer].mlp, GatedMLP):
+            self.mlp_of(layer).kept_channels = channels
+        self.attention_of(layer).kept_heads = heads  # type: ignore[assignment]
+
+    def observe(self, observer: LayerObserver | None) -> None:
+        for layer in range(len(self.model.layers)):
+            attention = self.attention_of(layer)
+            attention.observer = None if observer is None else partial(observer, layer)  # type: ignore[assignment]
+
+    def observed(self) -> bool:
+        return self.attention_of(0).observer is not None
+
+    def predict(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
+    ) -> Tensor:
+        """Logits as in ``Adapter.predict``. In a padded batch blocks count from each sequence's first token,
+        so that it is cut into blocks as it is alone."""
+        positions = None if attention_mask is None else positions_of(attention_mask)
+        return self.model(input_ids, attention_mask, rows, positions=positions).logits
