@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
+from sinkprune.caches import Cache, key_positions
 from sinkprune.models.llada import DLMOutput, RMSNorm
-from sinkprune.modules import AttentionCall, AttentionObserver
+from sinkprune.modules import AttentionCall, AttentionObserver, KeyValueCache, Rotary
 from sinkprune.rotary import apply_rotary, rotary_table
 
 MODEL_TYPE = "Dream"
@@ -113,10 +114,21 @@ class DreamAttention(nn.Module):
         self.kept_heads: Tensor | None = None
         self.observer: AttentionObserver | None = None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_padding_mask: Tensor | None,
+        *,
+        cache: KeyValueCache | None = None,
+        cached_rotary: Rotary | None = None,
+    ) -> Tensor:
         projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if cache is not None:
+            k, v = cache(k, v)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, *(cached_rotary or (cos, sin)))
         out, lse = ops.attention(q, k, v, kept_heads=self.kept_heads, key_padding_mask=key_padding_mask)
         if self.observer is not None:
             self.observer(AttentionCall(q, k, lse, self.kept_heads, None, key_padding_mask))
@@ -151,13 +163,23 @@ class DreamLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, key_padding_mask)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_padding_mask: Tensor | None,
+        cache: KeyValueCache | None = None,
+        cached_rotary: Rotary | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(
+            self.input_layernorm(x), cos, sin, key_padding_mask, cache=cache, cached_rotary=cached_rotary
+        )
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Dream(nn.Module):
-    """The model. ``forward(input_ids, attention_mask=None, position_ids=None) -> DLMOutput``; no cache.
+    """The model: ``forward(input_ids, attention_mask=None, position_ids=None, rows=…, *, cache=None)``.
 
     Its logits are the published ones, a token late: ``cat((logits[:, :1], logits[:, :-1]), 1)`` aligns them.
     """
@@ -185,15 +207,15 @@ class Dream(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def rotary(self, length: int, position_ids: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``(cos, sin)`` float32 ``[length, head_dim]``, or ``[B, 1, length, head_dim]`` of
-        ``position_ids``."""
-        if position_ids is not None:
-            cos, sin = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
-            return cos.unsqueeze(1), sin.unsqueeze(1)
+    def rotary(self, length: int, positions: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``(cos, sin)`` float32 ``[length, head_dim]`` of 0 … length-1 or of ``positions`` ``[length]``; or
+        ``[B, 1, length, head_dim]`` of ``positions`` ``[B, length]``."""
+        if positions is not None:
+            cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+            return (cos, sin) if positions.dim() == 1 else (cos.unsqueeze(1), sin.unsqueeze(1))
         if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:
-            positions = torch.arange(length, device=device)
-            self._rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+            table = torch.arange(length, device=device)
+            self._rotary = rotary_table(table, self.config.head_dim, self.config.rope_theta)
         cos, sin = self._rotary
         return cos[:length], sin[:length]
 
@@ -201,14 +223,17 @@ class Dream(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | str | None = None,
-        position_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Final normed hidden states ``[B, L, hidden_size]`` for ids ``[B, L]``.
 
         Args:
-            attention_mask: 1 at valid tokens ``[B, L]``; or as the published sampler builds it: ``"full"`` or
-                bool ``[B, 1, L, L]``, True where both tokens are valid.
-            position_ids: int ``[B, L]``; None = 0 … L-1 (RoPE is relative: padding needs no other).
+            attention_mask: 1 at valid keys ``[B, L]`` (``[B, Lk]`` of all keys where there is a cache); or as
+                the published sampler builds it: ``"full"`` or bool ``[B, 1, L, L]``, True where both tokens
+                are valid.
+            positions: int ``[L]`` or ``[B, L]``; None = 0 … L-1 (RoPE is relative: padding needs no other).
+            cache: of keys before RoPE, and values, of the tokens that are not among the ids.
 
         Raises:
             ValueError: a shape that does not fit, or a mask that is more than padding.
@@ -219,15 +244,15 @@ class Dream(nn.Module):
             raise ValueError(
                 f"{input_ids.shape[1]} tokens exceed the context of {self.config.max_position_embeddings}"
             )
-        if position_ids is not None and position_ids.shape != input_ids.shape:
-            raise ValueError(
-                f"position_ids must have shape {tuple(input_ids.shape)}, got {tuple(position_ids.shape)}"
-            )
-        key_padding_mask = padding_of(attention_mask, input_ids.shape)
-        cos, sin = self.rotary(input_ids.shape[1], position_ids, input_ids.device)
+        keys = key_positions(input_ids, positions, cache)
+        shape = input_ids.shape if keys is None else (input_ids.shape[0], keys.shape[-1])
+        key_padding_mask = padding_of(attention_mask, torch.Size(shape))
+        cos, sin = self.rotary(input_ids.shape[1], positions, input_ids.device)
+        cached_rotary = None if keys is None else self.rotary(keys.shape[-1], keys, keys.device)
         x = self.model["embed_tokens"](input_ids)
-        for layer in self.layers:
-            x = layer(x, cos, sin, key_padding_mask)
+        for index, layer in enumerate(self.layers):
+            kept = None if cache is None else cache.layer(index)
+            x = layer(x, cos, sin, key_padding_mask, kept, cached_rotary)
         return self.model["norm"](x)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -242,9 +267,16 @@ class Dream(nn.Module):
         attention_mask: Tensor | str | None = None,
         position_ids: Tensor | None = None,
         rows: slice | Tensor = slice(None),
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> DLMOutput:
-        """Logits of ``rows`` (a slice or indices; default: of every row); the LM head runs on those only."""
-        return DLMOutput(self.head(self.hidden(input_ids, attention_mask, position_ids)[:, rows]))
+        """Logits of ``rows`` (a slice or indices; default: of every row); the LM head runs on those only.
+
+        ``position_ids`` is the published name of ``positions``. The rest as in ``hidden``.
+        """
+        positions = position_ids if positions is None else positions
+        return DLMOutput(self.head(self.hidden(input_ids, attention_mask, positions, cache)[:, rows]))
 
 
 def padding_of(attention_mask: Tensor | str | None, shape: torch.Size) -> Tensor | None:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
-from sinkprune.modules import AttentionCall, AttentionObserver
+from sinkprune.caches import Cache, key_positions
+from sinkprune.modules import AttentionCall, AttentionObserver, KeyValueCache, Rotary
 from sinkprune.rotary import apply_rotary, rotary_table
 
 MODEL_TYPE = "llada"
@@ -149,18 +150,38 @@ class LLaDABlock(nn.Module):
         self.kept_channels: Tensor | None = None
         self.observer: AttentionObserver | None = None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_padding_mask: Tensor | None,
+        cache: KeyValueCache | None = None,
+        cached_rotary: Rotary | None = None,
+    ) -> Tensor:
         attend = self._attend if self.attention is None else self.attention
-        x = x + attend(self.attn_norm(x), cos, sin, key_padding_mask)
+        x = x + attend(
+            self.attn_norm(x), cos, sin, key_padding_mask, cache=cache, cached_rotary=cached_rotary
+        )
         feed = self._feed if self.mlp is None else self.mlp
         return x + feed(self.ff_norm(x))
 
-    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def _attend(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_padding_mask: Tensor | None,
+        cache: KeyValueCache | None,
+        cached_rotary: Rotary | None,
+    ) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.q_norm is not None and self.k_norm is not None:  # over the full width: mixes the heads
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if cache is not None:
+            k, v = cache(k, v)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, *(cached_rotary or (cos, sin)))
         out, lse = ops.attention(q, k, v, kept_heads=self.kept_heads, key_padding_mask=key_padding_mask)
         if self.observer is not None:
             self.observer(AttentionCall(q, k, lse, self.kept_heads, None, key_padding_mask))
@@ -182,7 +203,8 @@ class DLMOutput:
 
 
 class LLaDA(nn.Module):
-    """The model. ``forward(input_ids, attention_mask=None) -> DLMOutput``; bidirectional, no cache."""
+    """The model: ``forward(input_ids, attention_mask=None, rows=…, *, positions=None, cache=None)``;
+    bidirectional."""
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
@@ -213,32 +235,52 @@ class LLaDA(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``(cos, sin)`` float32 ``[length, head_dim]``, cached up to the longest length seen."""
+    def rotary(
+        self, length: int, device: torch.device, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(cos, sin)`` float32 ``[length, head_dim]`` of 0 … length-1 (kept up to the longest length seen),
+        or of ``positions`` ``[length]``, or ``[B, 1, length, head_dim]`` of ``positions`` ``[B, length]``."""
+        if positions is not None:
+            cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+            return (cos, sin) if positions.dim() == 1 else (cos.unsqueeze(1), sin.unsqueeze(1))
         if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:
-            positions = torch.arange(length, device=device)
-            self._rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+            table = torch.arange(length, device=device)
+            self._rotary = rotary_table(table, self.config.head_dim, self.config.rope_theta)
         cos, sin = self._rotary
         return cos[:length], sin[:length]
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Final normed hidden states ``[B, L, d_model]`` for ids ``[B, L]``; the mask is 1 at valid
-        tokens."""
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Final normed hidden states ``[B, L, d_model]`` for ids ``[B, L]``.
+
+        Args:
+            attention_mask: 1 at valid keys: ``[B, L]``, or ``[B, Lk]`` of all keys where there is a cache.
+            positions: int64 ``[L]`` or ``[B, L]``, where in the sequence the ids are; None = 0 … L-1.
+            cache: of keys before RoPE, and values, of the tokens that are not among the ids.
+
+        Raises:
+            ValueError: a shape that does not fit, or more tokens than the context.
+        """
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids must have shape [B, L] with L >= 1, got {tuple(input_ids.shape)}")
         if input_ids.shape[1] > self.config.max_sequence_length:
             raise ValueError(
                 f"{input_ids.shape[1]} tokens exceed the context of {self.config.max_sequence_length}"
             )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
-            )
+        keys = key_positions(input_ids, positions, cache, attention_mask)
         key_padding_mask = None if attention_mask is None else attention_mask.bool()
-        cos, sin = self.rotary(input_ids.shape[1], input_ids.device)
+        cos, sin = self.rotary(input_ids.shape[1], input_ids.device, positions)
+        cached_rotary = None if keys is None else self.rotary(keys.shape[-1], keys.device, keys)
         x = self._transformer["wte"](input_ids)
-        for block in self.blocks:
-            x = block(x, cos, sin, key_padding_mask)
+        for index, block in enumerate(self.blocks):
+            kept = None if cache is None else cache.layer(index)
+            x = block(x, cos, sin, key_padding_mask, kept, cached_rotary)
         return self._transformer["ln_f"](x)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -252,7 +294,15 @@ class LLaDA(nn.Module):
         return logits / self.config.d_model**0.5 if self.config.scale_logits else logits
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        rows: slice = slice(None),
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> DLMOutput:
-        """Logits of ``rows`` (default: of every token); the LM head runs on those only."""
-        return DLMOutput(self.head(self.hidden(input_ids, attention_mask)[:, rows]))
+        """Logits of ``rows`` (default: of every token); the LM head runs on those only. The rest as in
+        ``hidden``."""
+        hidden = self.hidden(input_ids, attention_mask, positions=positions, cache=cache)
+        return DLMOutput(self.head(hidden[:, rows]))

@@ -167,5 +167,5 @@ def test_too_long_and_empty_sequences_are_refused():
         model(tokens(1, 65))
     with pytest.raises(ValueError, match=r"L >= 1, got \(1, 0\)"):
         model(torch.zeros(1, 0, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"position_ids must have shape \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"positions must have shape \(3,\) or \(1, 3\)"):
         model(tokens(1, 3), None, torch.arange(4)[None])
