@@ -122,7 +122,7 @@ class BlockCache(Protocol):
         """Takes a layer's keys and values of this call and returns all that its queries shall see."""
 
     def key_positions(self, positions: Tensor) -> Tensor:
-        """Positions ``[B, Lk]`` of the keys that ``layer`` returns for queries at ``positions`` ``[B, Lq]``."""
+        """Where the keys that ``layer`` returns are, ``[B, Lk]``, of a call at ``positions`` ``[B, Lq]``."""
 
 
 class BlockCausalAttention(nn.Module):

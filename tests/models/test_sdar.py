@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from block_causals import sdar_config, sdar_tensors, straight_sdar, toy_sdar
+from block_causals import Kept, sdar_config, sdar_tensors, straight_sdar, toy_sdar
 from toys import manual_plan, one_thread, tokens, write_checkpoint  # noqa: F401
 
 import sinkprune as sp
@@ -63,26 +63,6 @@ def test_a_padded_sequence_is_cut_into_blocks_as_it_is_alone(side):
     got = sp.adapter_for(model).predict(ids, valid)
     close(got[valid.bool()], expected_of(model, ids, valid)[valid.bool()])
     close(sp.adapter_for(model).predict(ids, valid, slice(4, 8)), got[:, 4:8])
-
-
-class Kept:
-    """Keys after RoPE and values of the calls so far, side by side."""
-
-    def __init__(self):
-        self.pairs, self.at = {}, None
-
-    def key_positions(self, positions):
-        self.at = positions if self.at is None else torch.cat((self.at, positions), -1)
-        return self.at
-
-    def layer(self, index):
-        def update(k, v):
-            if index in self.pairs:
-                k, v = (torch.cat(pair, 2) for pair in zip(self.pairs[index], (k, v), strict=True))
-            self.pairs[index] = k, v
-            return k, v
-
-        return update
 
 
 @pytest.mark.parametrize("form", ["dense", "mask", "compact"])
