@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
+from sinkprune.caches import Cache, key_positions
 from sinkprune.models.llada import DLMOutput, RMSNorm
 from sinkprune.modules import AttentionCall, AttentionObserver, KeyValueCache
 from sinkprune.rotary import rotary_table
@@ -115,16 +116,6 @@ class BlockCausalConfig:
         return self.width
 
 
-class BlockCache(Protocol):
-    """What ``forward`` asks of a cache of keys after RoPE."""
-
-    def layer(self, index: int) -> KeyValueCache:
-        """Takes a layer's keys and values of this call and returns all that its queries shall see."""
-
-    def key_positions(self, positions: Tensor) -> Tensor:
-        """Where the keys that ``layer`` returns are, ``[B, Lk]``, of a call at ``positions`` ``[B, Lq]``."""
-
-
 class BlockCausalAttention(nn.Module):
     """The dense attention's core. ``kept_heads`` (an int tensor or None for all) skips heads, ``observer``
     sees every call."""
@@ -206,7 +197,7 @@ class BlockCausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         positions: Tensor | None = None,
-        cache: BlockCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Final normed hidden states ``[B, L, hidden_size]`` for ids ``[B, L]``.
 
@@ -224,23 +215,16 @@ class BlockCausalLM(nn.Module):
         batch, length = input_ids.shape
         if length > self.config.max_position_embeddings:
             raise ValueError(f"{length} tokens exceed the context of {self.config.max_position_embeddings}")
-        if positions is not None and positions.shape not in ((length,), (batch, length)):
-            raise ValueError(
-                f"positions must have shape {(length,)} or {(batch, length)}, got {tuple(positions.shape)}"
-            )
+        keys = key_positions(input_ids, positions, cache, attention_mask)
         if positions is None and cache is not None:
             positions = torch.arange(length, device=input_ids.device)
         at = None if positions is None else positions.expand(batch, -1)
-        keys = at if cache is None or at is None else cache.key_positions(at)
-        expected = (batch, length if keys is None else keys.shape[-1])
-        if attention_mask is not None and attention_mask.shape != expected:
-            raise ValueError(f"attention_mask must have shape {expected}, got {tuple(attention_mask.shape)}")
         cos, sin = self.rotary(length, at, input_ids.device)
         seen = {
             "key_padding_mask": None if attention_mask is None else attention_mask.bool(),
             "block_size": self.config.block_size,
             "query_positions": at,
-            "key_positions": keys,
+            "key_positions": at if keys is None else keys.expand(batch, -1),
         }
         x = self.embedding(input_ids)
         for index, layer in enumerate(self.layers):
@@ -258,7 +242,7 @@ class BlockCausalLM(nn.Module):
         rows: slice = slice(None),
         *,
         positions: Tensor | None = None,
-        cache: BlockCache | None = None,
+        cache: Cache | None = None,
     ) -> DLMOutput:
         """Logits of ``rows`` (default: of every token); the LM head runs on those only. The rest as in
         ``hidden``."""
