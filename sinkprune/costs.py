@@ -55,11 +55,15 @@ def step_flops(geometry: Geometry, plan: PrunePlan | None, batch: int, length: i
 
 @dataclass(frozen=True)
 class Operation:
-    """A matrix product, or an attention core: its FLOPs, and the elements it must read and write."""
+    """A matrix product, or an attention core: its FLOPs, and the elements it must read and write.
+
+    ``shape`` of a product is ``(rows, columns, inner)``.
+    """
 
     name: str
     flops: int
     elements: int
+    shape: tuple[int, int, int] = (0, 0, 0)
 
 
 def attention_operations(
@@ -106,7 +110,8 @@ def step_operations(
 
 def _product(name: str, rows: int, columns: int, inner: int) -> Operation:
     """``[rows, inner] @ [inner, columns]``: input and weight read once, output written once."""
-    return Operation(name, 2 * rows * columns * inner, rows * inner + inner * columns + rows * columns)
+    elements = rows * inner + inner * columns + rows * columns
+    return Operation(name, 2 * rows * columns * inner, elements, (rows, columns, inner))
 
 
 def step_seconds(
