@@ -21,25 +21,28 @@ from torch import Tensor
 
 from sinkprune.modules import KeyValueCache
 
-_CACHES: dict[str, type[Cache]] = {}
+CACHES: dict[str, type[Cache]] = {}  # by the name that ``denoise`` knows them by
 
 
 class Cache(ABC):
     """Keys and values ``[B, Hkv, tokens, D]`` of each layer, Hkv being the heads that the layer kept.
 
-    A sampler calls ``begin`` before a block's first forward and runs the tokens of ``window``. ``name`` is
-    what ``denoise`` knows it by.
+    A sampler calls ``begin`` before a block's first forward and runs the tokens of ``window``.
     """
 
     name: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:
-            _CACHES[cls.name] = cls
+            CACHES[cls.name] = cls
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
         self.start = self.end = self.total = 0
+
+    def clear(self) -> None:
+        """Drop everything: another sequence comes next."""
+        self._held.clear()
 
     def begin(self, start: int, end: int, total: int) -> None:
         """The block of tokens ``start`` … ``end``-1 of ``total`` comes next."""
@@ -126,7 +129,7 @@ class PrefixCache(BlockCache):
 
     def begin(self, start: int, end: int, total: int) -> None:
         super().begin(start, end, total)
-        self._held.clear()
+        self.clear()
 
     @property
     def window(self) -> tuple[int, int]:
@@ -143,7 +146,7 @@ class DualCache(Cache):
 
     def begin(self, start: int, end: int, total: int) -> None:
         super().begin(start, end, total)
-        self._held.clear()
+        self.clear()
 
     @property
     def window(self) -> tuple[int, int]:

@@ -1,19 +1,33 @@
-"""LLaDA's sampler: semi-autoregressive blocks, remasking, Gumbel noise, guidance, padded batches."""
+"""Denoising: blocks filled left to right, a forward a step, under any sampler and any cache."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from sinkprune.adapters import Adapter, adapter_for
+from sinkprune.caches import Cache
+from sinkprune.samplers import Sampler, make_sampler
+from sinkprune.samplers import transfer_counts as transfer_counts
+from sinkprune.windows import Block, Reader, blocks_of, cache_for
 
 REMASKING = ("low_confidence", "random")
-FLOAT64_ELEMENTS = 1 << 22  # 32 MB: logits turned to float64 at once
+
+
+class Step(NamedTuple):
+    """What a ``callback`` gets after each forward."""
+
+    ids: Tensor  # int64 [B, P + gen_length], as yielded
+    new: Tensor  # bool [B, P + gen_length], the tokens that this step committed
+    forwards: int  # so far, this one counted
+    block: int  # of ``blocks``
+    blocks: int
+    cache_bytes: int  # held by the cache now
 
 
 @torch.no_grad()
@@ -28,62 +42,108 @@ def denoise(
     temperature: float = 0.0,
     cfg_scale: float = 0.0,
     remasking: str = "low_confidence",
+    algorithm: str | None = None,
+    threshold: float | None = None,
+    cache: str | Cache | None = None,
     mask_token_id: int | None = None,
     seed: int | None = None,
+    callback: Callable[[Step], object] | None = None,
 ) -> Iterator[Tensor]:
     """Fill ``gen_length`` masked tokens after the prompts, one forward a step, and yield the ids after each.
 
-    The published LLaDA sampler (arXiv 2502.09992, algorithms 4 and 5): blocks of ``block_length`` are filled
-    left to right, each in its share of ``steps``; a step commits the masked positions of the block with the
-    largest probability of their drawn token (or random ones). The mask token itself is never drawn.
+    Blocks of ``block_length`` are filled left to right, each in its share of ``steps``; a step commits the
+    masked tokens of the block that ``algorithm`` is surest of. By default that is the published LLaDA sampler
+    (arXiv 2502.09992, algorithms 4 and 5). The mask token itself is never drawn.
+
+    A block-causal model fills its own blocks of positions, over the tokens up to the block's end only; where
+    the prompt ends within a block, the first one has fewer tokens, and fewer steps, and there is one more.
 
     Args:
         model: of a known family.
         prompt_ids: int64 ``[B, P]``, P >= 1, left-padded where prompts differ in length.
         attention_mask: ``[B, P]``, 1 at valid tokens; None where nothing is padded.
-        steps: forwards in total, a multiple of the number of blocks, at most ``gen_length``.
+        steps: forwards in total, a multiple of the number of blocks, at most ``gen_length``; not used with a
+            threshold.
         gen_length: tokens to fill.
-        block_length: tokens of a block, dividing ``gen_length``; None means one block.
+        block_length: tokens of a block, dividing ``gen_length``; None means one block, or a block-causal
+            model's own.
         temperature: 0 takes the argmax; above, Gumbel noise in float64.
         cfg_scale: weight of classifier-free guidance; the unconditional half masks the prompt.
         remasking: ``"low_confidence"`` or ``"random"``.
+        algorithm: a rule of ``sinkprune.samplers`` instead: those two, or Dream's ``"origin"``,
+            ``"maskgit_plus"``, ``"topk_margin"``, ``"entropy"`` with its schedule.
+        threshold: commit every token with at least this confidence, and always the surest one, until the
+            block is full (Fast-dLLM, arXiv 2505.22618): the number of forwards depends on the text.
+        cache: ``"prefix"`` or ``"dual"`` (approximate), ``"block"`` (exact, block-causal models), or one of
+            ``sinkprune.caches``, emptied first. Under a cache a shifted model (Dream) spends a block's first
+            step on the block's first token alone, as in Fast-dLLM: no later window predicts that one.
         mask_token_id: where the model's config lacks one.
         seed: of the noise and of random remasking; None draws from torch's global generator.
+        callback: gets a ``Step`` after each forward.
 
     Yields:
         int64 ``[B, P + gen_length]``, a fresh tensor each step.
 
     Raises:
-        ValueError: an argument out of range, an empty prompt, or a total beyond the context.
+        ValueError: an argument out of range, an empty prompt, a total beyond the context, a cache that the
+            model does not take, or padding that its blocks can't express.
     """
-    ids, valid, mask_id, block_length = _prepare(
-        model, prompt_ids, attention_mask, steps, gen_length, block_length, remasking, mask_token_id
+    adapter = adapter_for(model)
+    canvas = _prepare(
+        adapter,
+        prompt_ids,
+        attention_mask,
+        steps=steps,
+        gen_length=gen_length,
+        block_length=block_length,
+        mask_token_id=mask_token_id,
+        threshold=threshold,
     )
+    if remasking not in REMASKING:
+        raise ValueError(f"remasking must be one of {REMASKING}, got {remasking!r}")
     if not (0 <= temperature < math.inf and 0 <= cfg_scale < math.inf):
         raise ValueError(
             f"temperature and cfg_scale must be finite and at least 0, got {temperature} and {cfg_scale}"
         )
-    adapter = adapter_for(model)
-    generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-    prompt_length = prompt_ids.shape[1]
-    blocks = gen_length // block_length
-    for block in range(blocks):
-        start = prompt_length + block * block_length
-        rows = slice(start, start + block_length)  # the only rows that may be committed
-        for count in transfer_counts(block_length, steps // blocks):
-            logits = _guided_logits(adapter, ids, valid, prompt_length, mask_id, cfg_scale, rows)
-            logits[..., mask_id] = -torch.inf
-            drawn, confidence = _draw(logits, temperature, remasking, generator)
-            confidence = confidence.masked_fill(ids[:, rows] != mask_id, -torch.inf)
-            chosen = confidence.topk(count, dim=-1).indices
-            ids = ids.scatter(1, chosen + start, drawn.gather(1, chosen))
-            yield ids
+    generator = None if seed is None else torch.Generator(prompt_ids.device).manual_seed(seed)
+    sampler = make_sampler(algorithm or remasking, temperature, generator, threshold)
+    kept, prompt = cache_for(adapter, cache), prompt_ids.shape[1]
+    reader = Reader(
+        adapter, kept, canvas.valid, prompt_length=prompt, mask_id=canvas.mask_id, cfg_scale=cfg_scale
+    )
+    current, forwards, wanted = canvas.ids, 0, prompt + gen_length
+    for index, block in enumerate(canvas.blocks):
+        reader.begin(block, current.shape[1])
+        for ids, new in _fill(block.rows, current, reader, sampler, canvas.steps):
+            current, forwards = ids, forwards + 1
+            if callback is not None:
+                held = 0 if kept is None else kept.bytes
+                callback(Step(ids[:, :wanted], new[:, :wanted], forwards, index, len(canvas.blocks), held))
+            yield ids[:, :wanted]
 
 
-def transfer_counts(masked: int, steps: int) -> list[int]:
-    """How many of ``masked`` tokens each of ``steps`` commits: as even as can be, the larger ones first."""
-    base, extra = divmod(masked, steps)
-    return [base + (i < extra) for i in range(steps)]
+def _fill(
+    rows: slice, ids: Tensor, reader: Reader, sampler: Sampler, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Fill a block's ``rows`` of ids ``[B, T]``; yield the ids, and which are new, after each forward."""
+    left = rows.stop - rows.start  # masked tokens of a sample, as the schedule counts them
+    steps = min(steps, left)
+    for step in range(steps):
+        tokens, confidence = sampler.draw(reader.logits(ids, rows))
+        masked = ids[:, rows] == reader.mask_id
+        only = reader.out_of_reach(rows) if step == 0 and steps > 1 else 0
+        if only:
+            chosen = masked & (torch.arange(masked.shape[1], device=ids.device) < only)
+        else:
+            chosen = sampler.choose(confidence, masked, left, step, steps)
+        left -= only or sampler.count(left, step, steps)
+        new = torch.zeros_like(ids, dtype=torch.bool)
+        new[:, rows] = chosen
+        ids = ids.clone()
+        ids[:, rows] = torch.where(chosen, tokens, ids[:, rows])
+        yield ids, new
+        if sampler.threshold is not None and not bool((masked & ~chosen).any()):
+            return
 
 
 def generate(
@@ -94,21 +154,34 @@ def generate(
     steps: int = 64,
     gen_length: int = 64,
     progress: bool = False,
+    callback: Callable[[Step], object] | None = None,
     **options: Any,
 ) -> str | list[str]:
     """Continue ``prompt`` and return the new text (a list for a list of prompts).
 
-    ``options`` are those of ``denoise``. Raises ``ValueError`` for an empty prompt, and what it raises.
+    ``callback`` and ``options`` are those of ``denoise``; ``progress`` counts tokens, for the number of
+    forwards may depend on the text. Raises ``ValueError`` for an empty prompt, and what ``denoise`` raises.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     device = next(model.parameters()).device
     ids, attention_mask = encode_prompts(tokenizer, prompts)
-    final = ids
-    stream = denoise(
-        model, ids.to(device), attention_mask.to(device), steps=steps, gen_length=gen_length, **options
-    )
-    for ids_now in tqdm(stream, total=steps, desc="generating", disable=not progress):
-        final = ids_now
+    with tqdm(total=gen_length * len(ids), desc="generating", unit="token", disable=not progress) as bar:
+
+        def report(step: Step) -> None:
+            if progress:
+                bar.update(int(step.new.sum()))
+            if callback is not None:
+                callback(step)
+
+        *_, final = denoise(
+            model,
+            ids.to(device),
+            attention_mask.to(device),
+            steps=steps,
+            gen_length=gen_length,
+            callback=report,
+            **options,
+        )
     texts = [_decode(tokenizer, row[ids.shape[1] :].tolist()) for row in final]
     return texts[0] if isinstance(prompt, str) else texts
 
@@ -130,102 +203,87 @@ def encode_prompts(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+class _Canvas(NamedTuple):
+    """What is filled: masked ids ``[B, T]``, their validity (None: all), and in which blocks."""
+
+    ids: Tensor
+    valid: Tensor | None
+    mask_id: int
+    blocks: list[Block]
+    steps: int  # of a block, at most
+
+
 def _prepare(
-    model: nn.Module,
+    adapter: Adapter,
     prompt_ids: Tensor,
     attention_mask: Tensor | None,
+    *,
     steps: int,
     gen_length: int,
     block_length: int | None,
-    remasking: str,
     mask_token_id: int | None,
-) -> tuple[Tensor, Tensor | None, int, int]:
-    """Check the arguments; return the masked canvas, its attention mask, the mask id and the block length."""
+    threshold: float | None,
+) -> _Canvas:
+    """Check the arguments and lay the canvas out."""
+    geometry = adapter.geometry()
+    _check_prompts(prompt_ids, attention_mask, geometry.vocabulary)
+    if gen_length < 1:
+        raise ValueError(f"gen_length must be at least 1, got {gen_length}")
+    own = adapter.block_size
+    block = (own or gen_length) if block_length is None else block_length
+    if block < 1 or gen_length % block:
+        raise ValueError(f"block_length must divide gen_length={gen_length}, got {block}")
+    if own is not None and block != own:
+        raise ValueError(
+            f"{adapter.family} is block-causal: its blocks have {own} tokens, got block_length {block}"
+        )
+    count = gen_length // block
+    if threshold is not None:
+        steps = gen_length
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    if steps < count or steps % count or steps > gen_length:
+        raise ValueError(
+            f"steps must be a multiple of {count} blocks and at most gen_length={gen_length}, got {steps}"
+        )
+    mask_id = adapter.mask_token_id if mask_token_id is None else mask_token_id
+    if mask_id is None:
+        raise ValueError("the model's config names no mask token: pass mask_token_id")
+    blocks = blocks_of(prompt_ids.shape[1], gen_length, block, aligned=own is not None)
+    total = blocks[-1].rows.stop
+    if total > geometry.context:
+        raise ValueError(
+            f"prompt of {prompt_ids.shape[1]} and gen_length of {gen_length} tokens exceed the context of "
+            f"{geometry.context}"
+        )
+    canvas = prompt_ids.new_full((prompt_ids.shape[0], total - prompt_ids.shape[1]), mask_id)
+    ids, valid = torch.cat((prompt_ids, canvas), dim=1), None
+    if attention_mask is not None and not bool(attention_mask.all()):
+        if own is not None:
+            _check_padding(attention_mask, own)
+        valid = torch.cat((attention_mask, torch.ones_like(canvas)), dim=1)
+    return _Canvas(ids, valid, mask_id, blocks, steps // count)
+
+
+def _check_prompts(prompt_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> None:
     if prompt_ids.dim() != 2 or prompt_ids.shape[1] < 1:
         raise ValueError(f"prompt_ids must have shape [B, P] with P >= 1, got {tuple(prompt_ids.shape)}")
-    vocabulary = adapter_for(model).geometry().vocabulary
     if prompt_ids.is_floating_point() or prompt_ids.min() < 0 or prompt_ids.max() >= vocabulary:
         raise ValueError(f"prompt_ids must be integers in [0, {vocabulary}), got {prompt_ids.dtype} values")
     if attention_mask is not None and attention_mask.shape != prompt_ids.shape:
         raise ValueError(
             f"attention_mask must have shape {tuple(prompt_ids.shape)}, got {tuple(attention_mask.shape)}"
         )
-    if gen_length < 1:
-        raise ValueError(f"gen_length must be at least 1, got {gen_length}")
-    block = gen_length if block_length is None else block_length
-    if block < 1 or gen_length % block:
-        raise ValueError(f"block_length must divide gen_length={gen_length}, got {block}")
-    blocks = gen_length // block
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
-    if steps < blocks or steps % blocks or steps > gen_length:
+
+
+def _check_padding(attention_mask: Tensor, block: int) -> None:
+    """Raise ``ValueError`` where padding moves a block-causal model's blocks against each other."""
+    padding = (attention_mask == 0).sum(1).tolist()
+    if any(count % block for count in padding):
         raise ValueError(
-            f"steps must be a multiple of {blocks} blocks and at most gen_length={gen_length}, got {steps}"
+            f"a block-causal model with blocks of {block} takes prompts whose lengths differ by multiples of "
+            f"that, got padding of {padding}: generate them one at a time"
         )
-    if remasking not in REMASKING:
-        raise ValueError(f"remasking must be one of {REMASKING}, got {remasking!r}")
-    adapter = adapter_for(model)
-    mask_id = adapter.mask_token_id if mask_token_id is None else mask_token_id
-    if mask_id is None:
-        raise ValueError("the model's config names no mask token: pass mask_token_id")
-    total, context = prompt_ids.shape[1] + gen_length, adapter.geometry().context
-    if total > context:
-        raise ValueError(
-            f"prompt of {prompt_ids.shape[1]} and gen_length of {gen_length} tokens exceed the context of "
-            f"{context}"
-        )
-    canvas = prompt_ids.new_full((prompt_ids.shape[0], gen_length), mask_id)
-    valid = None if attention_mask is None else torch.cat((attention_mask, torch.ones_like(canvas)), dim=1)
-    if valid is not None and bool(valid.all()):
-        valid = None
-    return torch.cat((prompt_ids, canvas), dim=1), valid, mask_id, block
-
-
-def _guided_logits(
-    adapter: Adapter,
-    ids: Tensor,
-    valid: Tensor | None,
-    prompt_length: int,
-    mask_id: int,
-    cfg_scale: float,
-    rows: slice,
-) -> Tensor:
-    """Logits ``[B, R, V]`` of ``rows``; with guidance both halves run in one batch, the conditional first."""
-    if cfg_scale == 0:
-        return adapter.predict(ids, valid, rows)
-    blind = ids.clone()
-    blind[:, :prompt_length] = mask_id
-    both = None if valid is None else torch.cat((valid, valid))
-    conditional, unconditional = adapter.predict(torch.cat((ids, blind)), both, rows).chunk(2)
-    return unconditional + (cfg_scale + 1) * (conditional - unconditional)
-
-
-def _draw(
-    logits: Tensor, temperature: float, remasking: str, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """A token for each row of ``[B, R, V]`` and the confidence in it, ``[B, R]`` int64 and float64.
-
-    Gumbel-max noise and probabilities in float64 (float32 noise lowers quality in masked diffusion: arXiv
-    2409.02908), a bounded number of rows at a time.
-    """
-    flat = logits.reshape(-1, logits.shape[-1])
-    tokens, probabilities = [], []
-    for part in flat.split(max(1, FLOAT64_ELEMENTS // flat.shape[-1])):
-        wide = part.double()
-        if temperature:
-            noise = torch.empty_like(wide).exponential_(generator=generator).clamp_min_(1e-300).log_()
-            token = (wide / temperature - noise).argmax(-1, keepdim=True)
-        else:
-            token = part.argmax(-1, keepdim=True)
-        tokens.append(token)
-        if remasking == "low_confidence":
-            probabilities.append((wide.gather(-1, token) - wide.logsumexp(-1, keepdim=True)).exp())
-        else:
-            size = token.shape
-            draw = torch.rand(size, device=token.device, generator=generator, dtype=torch.float64)
-            probabilities.append(draw)
-    shape = logits.shape[:-1]
-    return torch.cat(tokens).view(shape), torch.cat(probabilities).view(shape)
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

@@ -11,11 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sinkprune.caches import Cache
 from sinkprune.modules import AttentionCall
 
 
@@ -98,6 +99,8 @@ class Adapter(ABC):
     """A view of one live model."""
 
     family: str
+    caches: ClassVar[tuple[str, ...]] = ()  # names of those in ``sinkprune.caches`` that the model takes
+    shift: ClassVar[int] = 0  # 1 where a row of the model's logits is about the next token
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -162,6 +165,28 @@ class Adapter(ABC):
         A family undoes its own shift here, and runs its LM head on those rows only where it can.
         """
         return self.model(input_ids, attention_mask=attention_mask).logits[:, rows]
+
+    def predict_window(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        rows: slice,
+        positions: Tensor,
+        cache: Cache,
+    ) -> Tensor:
+        """``predict`` of ids ``[B, L]`` that are tokens ``positions`` ``[L]`` of a sequence, where ``cache``
+        holds the rest.
+
+        ``attention_mask`` ``[B, Lk]`` is of the keys that the cache returns. A shifted family's first row is
+        about nothing unless the window begins the sequence.
+        """
+        output = self.model(input_ids, attention_mask, rows=rows, positions=positions, cache=cache)
+        return output.logits
+
+    @property
+    def block_size(self) -> int | None:
+        """Positions of a block where the model is block-causal: a token sees its block and those before."""
+        return None
 
     def hiding(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
         """While the blocks run one by one: hide padding as ``predict`` does, where the blocks' own arguments

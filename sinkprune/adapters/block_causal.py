@@ -17,6 +17,7 @@ MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 class NativeBlockCausal(Adapter):
     """Compact modules take the place of a layer's attention and ``layer.mlp``."""
 
+    caches = ("block",)
     model: BlockCausalLM
     ATTENTION: ClassVar[dict[str, str]]  # the attention's linear modules by role, as named in a layer
 
@@ -27,6 +28,10 @@ class NativeBlockCausal(Adapter):
     @property
     def mask_token_id(self) -> int | None:
         return self.model.config.mask_token_id
+
+    @property
+    def block_size(self) -> int:
+        return self.model.config.block_size
 
     def blocks(self) -> list[nn.Module]:
         return list(self.model.layers)

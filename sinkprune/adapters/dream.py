@@ -16,6 +16,7 @@ from sinkprune.adapters.base import (
     MLPWeights,
     register_adapter,
 )
+from sinkprune.caches import Cache
 from sinkprune.models.dream import Dream, DreamAttention, DreamLayer, DreamMLP
 
 LINEARS = {
@@ -29,6 +30,8 @@ class NativeDream(Adapter):
     """Compact modules take the place of ``layer.self_attn`` and ``layer.mlp``."""
 
     family = "dream"
+    caches = ("prefix", "dual")
+    shift = 1
     model: Dream
 
     @classmethod
@@ -98,6 +101,17 @@ class NativeDream(Adapter):
     ) -> Tensor:
         sources = shifted_rows(input_ids, rows)
         return self.model(input_ids, attention_mask=attention_mask, rows=sources).logits
+
+    def predict_window(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        rows: slice,
+        positions: Tensor,
+        cache: Cache,
+    ) -> Tensor:
+        sources = shifted_rows(input_ids, rows)
+        return self.model(input_ids, attention_mask, rows=sources, positions=positions, cache=cache).logits
 
 
 def shifted_rows(input_ids: Tensor, rows: slice = slice(None)) -> Tensor:

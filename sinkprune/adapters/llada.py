@@ -29,6 +29,7 @@ class NativeLLaDA(Adapter):
     """Blocks own their projections; compact modules go into ``block.attention`` and ``block.mlp``."""
 
     family = "llada"
+    caches = ("prefix", "dual")
     model: LLaDA
 
     @classmethod
