@@ -19,18 +19,25 @@ _HOMES = {
     "apply": "repacking",
     "ceiling": "costs",
     "CompactMLP": "modules",
+    "computed_table": "latency_table",
     "denoise": "generation",
     "evaluate": "evaluation",
+    "fuse": "fusing",
     "generate": "generation",
+    "LatencyTable": "latency_table",
     "load": "checkpoint",
+    "measured_table": "latency_table",
+    "memory": "footprint",
     "plan": "planning",
     "profile": "profiling",
     "PrunePlan": "planning",
     "restore": "repacking",
+    "roofs": "hardware",
     "save": "checkpoint",
     "SinkProfile": "profiling",
     "SinkPrunedAttention": "modules",
     "SinkTracker": "sinks",
+    "StepGraph": "graphs",
     "track": "profiling",
 }
 __all__ = ["__version__", "ops", *sorted(_HOMES)]
@@ -42,8 +49,15 @@ if TYPE_CHECKING:
     from sinkprune.checkpoint import save as save
     from sinkprune.costs import ceiling as ceiling
     from sinkprune.evaluation import evaluate as evaluate
+    from sinkprune.footprint import memory as memory
+    from sinkprune.fusing import fuse as fuse
     from sinkprune.generation import denoise as denoise
     from sinkprune.generation import generate as generate
+    from sinkprune.graphs import StepGraph as StepGraph
+    from sinkprune.hardware import roofs as roofs
+    from sinkprune.latency_table import LatencyTable as LatencyTable
+    from sinkprune.latency_table import computed_table as computed_table
+    from sinkprune.latency_table import measured_table as measured_table
     from sinkprune.modules import CompactMLP as CompactMLP
     from sinkprune.modules import SinkPrunedAttention as SinkPrunedAttention
     from sinkprune.planning import PrunePlan as PrunePlan
