@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.caches import Cache
+from sinkprune.graphs import StepGraph
 from sinkprune.samplers import Sampler, make_sampler
 from sinkprune.samplers import transfer_counts as transfer_counts
 from sinkprune.windows import Block, Reader, blocks_of, cache_for
@@ -48,6 +49,7 @@ def denoise(
     mask_token_id: int | None = None,
     seed: int | None = None,
     callback: Callable[[Step], object] | None = None,
+    graphs: bool | StepGraph = False,
 ) -> Iterator[Tensor]:
     """Fill ``gen_length`` masked tokens after the prompts, one forward a step, and yield the ids after each.
 
@@ -80,6 +82,8 @@ def denoise(
         mask_token_id: where the model's config lacks one.
         seed: of the noise and of random remasking; None draws from torch's global generator.
         callback: gets a ``Step`` after each forward.
+        graphs: replay each step as a CUDA graph (nothing changes on CPU); a ``StepGraph`` of this model keeps
+            its graphs for the next call. Not with a cache.
 
     Yields:
         int64 ``[B, P + gen_length]``, a fresh tensor each step.
@@ -111,6 +115,10 @@ def denoise(
     reader = Reader(
         adapter, kept, canvas.valid, prompt_length=prompt, mask_id=canvas.mask_id, cfg_scale=cfg_scale
     )
+    if graphs:
+        if kept is not None:
+            raise ValueError("graphs replay whole sequences: pass either graphs or a cache")
+        reader.predict = graphs if isinstance(graphs, StepGraph) else StepGraph(model)
     current, forwards, wanted = canvas.ids, 0, prompt + gen_length
     for index, block in enumerate(canvas.blocks):
         reader.begin(block, current.shape[1])

@@ -59,7 +59,8 @@ class StepGraph:
         self._weights: list[Any] = []
         self._pool: Any = None
 
-    def __len__(self) -> int:
+    @property
+    def held(self) -> int:
         """Graphs held now."""
         return len(self._recorded)
 

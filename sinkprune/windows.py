@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from sinkprune.adapters import Adapter
 from sinkprune.caches import CACHES, Cache
+
+Predict = Callable[[Tensor, Tensor | None, slice], Tensor]  # as ``Adapter.predict``
 
 
 class Block(NamedTuple):
@@ -61,6 +64,7 @@ class Reader:
         cfg_scale: float,
     ) -> None:
         self.adapter, self.cache = adapter, cache
+        self.predict: Predict = adapter.predict
         self.valid = valid if valid is None or cfg_scale == 0 else torch.cat((valid, valid))
         self.prompt_length, self.mask_id, self.cfg_scale = prompt_length, mask_id, cfg_scale
 
@@ -92,7 +96,7 @@ class Reader:
         if self.cache is None:
             seen = slice(None if self.adapter.block_size is None else rows.stop)  # no later block is seen
             valid = None if self.valid is None else self.valid[:, seen]
-            return self.adapter.predict(ids[:, seen], valid, rows)
+            return self.predict(ids[:, seen], valid, rows)
         first, last = self.cache.window
         positions = torch.arange(first, last, device=ids.device)
         valid = None if self.valid is None else self.valid[:, self.cache.key_positions(positions)]

@@ -73,7 +73,7 @@ def test_the_graph_not_used_for_longest_goes_first():
     a, b, c = (tokens(1, n) for n in (8, 16, 24))
     for ids in (a, b, a, c):  # c takes b's place
         graph(ids)
-    assert (len(graph), recorder.captures) == (2, 3)
+    assert (graph.held, recorder.captures) == (2, 3)
     graph(a)
     assert recorder.captures == 3
     graph(b)
@@ -92,7 +92,7 @@ def test_another_shape_plan_or_place_of_the_weights_is_recorded_anew():
     plan = manual_plan(model, [[0, 1], [2], [0, 1, 2, 3]])
     sp.apply(model, plan, mode="mask")
     assert torch.equal(graph(ids), predict(model, ids))
-    assert (recorder.captures, len(graph)) == (4, 1)
+    assert (recorder.captures, graph.held) == (4, 1)
     sp.restore(model)
     assert torch.equal(graph(ids), predict(model, ids))
     sp.apply(model, plan)
@@ -137,7 +137,7 @@ def test_without_cuda_it_is_predict():
     ids = tokens(2, 9)
     graph = StepGraph(model)
     assert torch.equal(graph(ids), predict(model, ids))
-    assert len(graph) == 0
+    assert graph.held == 0
 
 
 def test_a_fused_model_predicts_the_same_and_keeps_every_parameter():
@@ -152,3 +152,17 @@ def test_a_fused_model_predicts_the_same_and_keeps_every_parameter():
         assert type(model.blocks[0].mlp).__name__ == "CompactMLP"
         with pytest.raises(ValueError, match=r"already pruned \(compact form\)"):
             sp.fuse(model)
+
+
+def test_generation_through_graphs_writes_the_same_tokens_and_keeps_the_graphs():
+    model = toy()
+    graph, recorder = graph_of(model, bucket=1)
+    options = {"steps": 8, "gen_length": 16, "block_length": 8, "cfg_scale": 0.5}
+    for seed in (0, 1):
+        prompt = tokens(2, 5, seed=seed)
+        *_, eager = sp.denoise(model, prompt, **options)
+        *_, replayed = sp.denoise(model, prompt, graphs=graph, **options)
+        assert torch.equal(replayed, eager)
+    assert (recorder.captures, recorder.replays) == (2, 16)  # one a block
+    with pytest.raises(ValueError, match="pass either graphs or a cache"):
+        next(sp.denoise(model, prompt, graphs=True, cache="dual", **options))
