@@ -31,7 +31,9 @@ class LiveAttention(nn.Module):
 
     ``kept_heads`` int ``[h]`` skips the other heads; ``kv_head_of`` int ``[n]`` is each of n query heads'
     key/value head where heads were removed; ``key_padding_mask`` bool ``[B, Lk]`` hides padding that the
-    upstream code does not; ``observer`` sees every call.
+    upstream code does not; ``block_size`` takes the place of any mask that the upstream code passes, with
+    ``positions`` int ``[B, L]`` (-1 = padding; None = 0 … L-1) of queries and keys; ``observer`` sees every
+    call.
     """
 
     kept_heads: Tensor | None
@@ -42,11 +44,13 @@ class LiveAttention(nn.Module):
         self.register_buffer("kept_heads", None, persistent=False)
         self.register_buffer("kv_head_of", None, persistent=False)
         self.key_padding_mask: Tensor | None = None
+        self.block_size: int | None = None
+        self.positions: Tensor | None = None
         self.observer: AttentionObserver | None = None
 
     def idle(self) -> bool:
         """Whether it does what the upstream code does, and nobody looks."""
-        ours = (self.kept_heads, self.kv_head_of, self.key_padding_mask, self.observer)
+        ours = (self.kept_heads, self.kv_head_of, self.key_padding_mask, self.block_size, self.observer)
         return all(part is None for part in ours)
 
     def forward(
@@ -69,6 +73,9 @@ class LiveAttention(nn.Module):
             raise ValueError(f"pruned or tracked attention of a diffusion model does not know {what}")
         padding = self.key_padding_mask
         padding = None if padding is None else padding.to(query.device)
+        positions = None if self.positions is None else self.positions.to(query.device)
+        if self.block_size is not None:
+            attn_mask = None
         if attn_mask is not None:
             attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
             if attn_mask.dtype == torch.bool and attn_mask.shape[1:3] == (1, 1) and padding is None:
@@ -76,12 +83,14 @@ class LiveAttention(nn.Module):
         heads, owner = self.kept_heads, self.kv_head_of
         if attn_mask is None:
             out, lse = ops.attention(
-                query, key, value, kept_heads=heads, kv_head_of=owner, key_padding_mask=padding, scale=scale
-            )
+                query, key, value, kept_heads=heads, kv_head_of=owner, key_padding_mask=padding,
+                block_size=self.block_size, query_positions=positions, key_positions=positions, scale=scale,
+            )  # fmt: skip
         else:
             out, lse = self._masked(query, key, value, attn_mask, scale), None
         if self.observer is not None:
-            call = AttentionCall(query, key, lse, heads, owner, padding, scale=scale)
+            seen = (padding, self.block_size, positions, positions, scale)
+            call = AttentionCall(query, key, lse, heads, owner, *seen)
             self.observer(call if attn_mask is None else _with_mask(call, attn_mask))
         return out
 
@@ -120,7 +129,11 @@ class LiveAdapter(Adapter):
 
     @abstractmethod
     def attention_linears(self, layer: int) -> dict[str, nn.Module]:
-        """The attention's linear layers by role: ``q k v o``."""
+        """The attention's linear layers by role: ``q k v o``, or ``qkv o`` with rows [Q | K | V]."""
+
+    def norms(self, layer: int) -> tuple[nn.Module | None, nn.Module | None]:
+        """The modules over the features of a head's queries and keys, where the family has them."""
+        return None, None
 
     @abstractmethod
     def mlp_linears(self, layer: int) -> dict[str, nn.Module]:
@@ -148,7 +161,18 @@ class LiveAdapter(Adapter):
         return self.attention_linears(layer) | (self.mlp_linears(layer) if gated else {})
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        return AttentionWeights(**_tensors(self.attention_linears(layer), layer))
+        found = _tensors(self.attention_linears(layer), layer)
+        if "qkv" in found:
+            geometry = self.geometry()
+            kept = self.kept_heads(layer) if self.form == "compact" else list(range(geometry.heads[layer]))
+            width = geometry.head_dim * len(geometry.kv_heads_used(layer, kept))
+            for suffix in ("", "_bias"):
+                fused = found.pop(f"qkv{suffix}")
+                sizes = (geometry.head_dim * len(kept), width, width)
+                parts = (None,) * 3 if fused is None else fused.split(sizes)
+                found |= {f"{role}{suffix}": part for role, part in zip("qkv", parts, strict=True)}
+        q_norm, k_norm = self.norms(layer)
+        return AttentionWeights(**found, q_norm=q_norm, k_norm=k_norm)
 
     def mlp_weights(self, layer: int) -> MLPWeights:
         return MLPWeights(**_tensors(self.mlp_linears(layer), layer))
@@ -161,19 +185,25 @@ class LiveAdapter(Adapter):
             return self.model(input_ids).logits[:, rows]
 
     @contextmanager
-    def hiding(self, attention_mask: Tensor | None) -> Iterator[None]:
-        if attention_mask is None:
+    def hiding(
+        self,
+        attention_mask: Tensor | None,
+        block_size: int | None = None,
+        positions: Tensor | None = None,
+    ) -> Iterator[None]:
+        if attention_mask is None and block_size is None:
             yield
             return
         self._require_uncompiled()
         layers = [self._live(layer) for layer in range(len(self.sites()))]
         try:
             for live in layers:
-                live.key_padding_mask = attention_mask.bool()
+                live.key_padding_mask = None if attention_mask is None else attention_mask.bool()
+                live.block_size, live.positions = block_size, positions
             yield
         finally:
             for layer, live in enumerate(layers):
-                live.key_padding_mask = None
+                live.key_padding_mask = live.block_size = live.positions = None
                 self._release(layer)
 
     def check(self, kept_heads: list[list[int]], kept_channels: list[list[int] | None], mode: str) -> None:
@@ -207,8 +237,9 @@ class LiveAdapter(Adapter):
     ) -> tuple[nn.Module, nn.Module | None]:
         geometry = self.geometry()
         used = geometry.kv_heads_used(layer, kept_heads)
-        ids = {"q": kept_heads, "k": used, "v": used, "o": kept_heads}
-        width = geometry.head_dim
+        heads, kv_heads, width = geometry.heads[layer], geometry.kv_heads[layer], geometry.head_dim
+        stacked = [heads + kv for kv in used] + [heads + kv_heads + kv for kv in used]
+        ids = {"q": kept_heads, "k": used, "v": used, "o": kept_heads, "qkv": kept_heads + stacked}
         packed = {r: _narrow(m, ids[r], width, r == "o") for r, m in self.attention_linears(layer).items()}
         owner = geometry.kv_head_of(layer)
         attention = _Packed(packed, [used.index(owner[head]) for head in kept_heads], len(used))

@@ -18,7 +18,7 @@ class NativeLLaDA2(NativeBlockCausal):
     Experts keep their channels; ``Geometry.channels`` counts those that a token passes through.
     """
 
-    family = "llada2"
+    family = "llada2_moe"
     model: LLaDA2
     ATTENTION: ClassVar[dict[str, str]] = {"qkv": "attention.query_key_value", "o": "attention.dense"}
 
