@@ -93,8 +93,9 @@ class SinkPrunedAttention(nn.Module):
         self.qkv_proj = _linear(qkv_weight, qkv_bias)
         self.o_proj = _linear(o_weight, o_bias)
         self.q_norm, self.k_norm = q_norm, k_norm
-        one_to_one = list(kv_head_of) == list(range(self.num_heads))
-        index = None if one_to_one else torch.tensor(kv_head_of, device=_index_device(qkv_weight))
+        equal = [head * self.num_kv_heads // self.num_heads for head in range(self.num_heads)]
+        grouped = self.num_heads % max(1, self.num_kv_heads) == 0 and list(kv_head_of) == equal
+        index = None if grouped else torch.tensor(kv_head_of, device=_index_device(qkv_weight))
         self.register_buffer("kv_head_of", index, persistent=False)
         self.observer: AttentionObserver | None = None
 

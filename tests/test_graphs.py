@@ -150,6 +150,7 @@ def test_a_fused_model_predicts_the_same_and_keeps_every_parameter():
         assert sum(p.numel() for p in model.parameters()) == count
         assert type(model.blocks[0].attention).__name__ == "SinkPrunedAttention"
         assert type(model.blocks[0].mlp).__name__ == "CompactMLP"
+        assert model.blocks[0].attention.kv_head_of is None  # equal groups need no map, so no gathering
         with pytest.raises(ValueError, match=r"already pruned \(compact form\)"):
             sp.fuse(model)
 
