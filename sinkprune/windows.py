@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sinkprune.adapters import Adapter
+from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.caches import CACHES, Cache
+from sinkprune.costs import layer_sizes
 
 Predict = Callable[[Tensor, Tensor | None, slice], Tensor]  # as ``Adapter.predict``
 
@@ -102,3 +103,30 @@ class Reader:
         valid = None if self.valid is None else self.valid[:, self.cache.key_positions(positions)]
         rows = slice(rows.start - first, rows.stop - first)
         return self.adapter.predict_window(ids[:, first:last], valid, rows, positions, self.cache)
+
+
+class CacheSize(NamedTuple):
+    """Bytes of keys and values: of the model as it is, and of the dense one."""
+
+    bytes: int
+    dense: int
+
+    @property
+    def saved(self) -> int:
+        return self.dense - self.bytes
+
+
+def cache_size(model: nn.Module, tokens: int, batch: int = 1) -> CacheSize:
+    """What a cache of ``tokens`` tokens of ``batch`` sequences takes in the model's dtype.
+
+    A compact layer caches the key/value heads that its kept heads read; a masked one still caches all.
+    """
+    adapter = adapter_for(model)
+    geometry = adapter.geometry()
+    plan = getattr(model, "prune_plan", None) if adapter.form == "compact" else None
+    each = 2 * batch * tokens * geometry.head_dim * next(model.parameters()).element_size()
+    kept = [
+        layer_sizes(geometry, layer, None if plan is None else plan.layers[layer])[1]
+        for layer in range(geometry.num_layers)
+    ]
+    return CacheSize(each * sum(kept), each * sum(geometry.kv_heads))
