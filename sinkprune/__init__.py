@@ -17,6 +17,7 @@ from sinkprune.version import __version__
 _HOMES = {
     "adapter_for": "adapters",
     "apply": "repacking",
+    "bootstrap_difference": "intervals",
     "ceiling": "costs",
     "CompactMLP": "modules",
     "computed_table": "latency_table",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from sinkprune.latency_table import LatencyTable as LatencyTable
     from sinkprune.latency_table import computed_table as computed_table
     from sinkprune.latency_table import measured_table as measured_table
+    from sinkprune.intervals import bootstrap_difference as bootstrap_difference
     from sinkprune.modules import CompactMLP as CompactMLP
     from sinkprune.modules import SinkPrunedAttention as SinkPrunedAttention
     from sinkprune.planning import PrunePlan as PrunePlan

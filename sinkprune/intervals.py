@@ -30,9 +30,9 @@ def bootstrap_difference(
     """The paired difference ``a`` - ``b`` with its percentile bootstrap interval.
 
     Texts are drawn with replacement, the same ones for both sides. Where there are several calibration draws
-    (one pruned model each) these are drawn too, independently of the texts: the pigeonhole bootstrap of crossed
-    factors (Owen 2007), which errs on the wide side where draws and texts interact. A handful of draws alone
-    gives intervals that are somewhat too narrow.
+    (one pruned model each) these are drawn too, independently of the texts: the pigeonhole bootstrap of
+    crossed factors (Owen 2007), which errs on the wide side where draws and texts interact. With a handful of
+    draws that hardly do, intervals are somewhat too narrow.
 
     Args:
         a, b: ``[texts]`` or ``[draws, texts]``, one value for each text; a side without draws (a dense model)

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.costs import ceiling
+from sinkprune.costs import ceiling, ceilings
 from sinkprune.evaluation import NOISE_LEVELS, Quality, evaluate
 from sinkprune.generation import generate
+from sinkprune.hardware import roofs
 from sinkprune.planning import PrunePlan
 from sinkprune.profiling import SinkProfile
 from sinkprune.timing import interleaved
@@ -69,10 +70,11 @@ def compare(
             evaluate(m, text, tokenizer=tokenizer, windows=windows, length=length) for m in (dense, pruned)
         )
         change, error = after.minus(before)
+        _, low, high = after.interval(before)
         pair = {
             "dense": _quality(before),
             "pruned": _quality(after),
-            "difference": {"nll": change, "nll_se": error},
+            "difference": {"nll": change, "nll_se": error, "nll_95": [low, high]},
         }
         quality |= pair if label == "held-out" else {"out_of_domain": pair}
     say("speed")
@@ -153,6 +155,7 @@ def measure_speed(
         "pruned_p20_p80": [timings["pruned"].p20, timings["pruned"].p80],
         "ratio": ratios["pruned"],
         "ceiling": ceiling(geometry, plan, batch, length),
+        "ceilings": ceilings(dense, plan, batch, length, roofs(device)),
     }
 
 
@@ -241,8 +244,7 @@ def _png(figure: Any) -> bytes:
 
 
 def _quality(quality: Quality) -> dict[str, Any]:
-    values = asdict(quality)
-    del values["per_window"]
+    values = {name: value for name, value in asdict(quality).items() if not name.startswith("per_window")}
     return {k: {str(t): x for t, x in v.items()} if isinstance(v, dict) else v for k, v in values.items()}
 
 

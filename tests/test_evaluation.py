@@ -137,8 +137,75 @@ def test_a_difference_is_paired_by_window(model, text):
 
 def test_differences_of_unequal_numbers_of_windows_are_refused():
     one, two = (Quality(1.0, 0.0, [1.0] * n, {}, {}, n) for n in (1, 2))
-    with pytest.raises(ValueError, match="1 and 2 windows do not pair"):
-        one.minus(two)
+    for difference in (one.minus, one.interval):
+        with pytest.raises(ValueError, match="1 and 2 windows do not pair"):
+            difference(two)
+
+
+def test_separate_texts_are_judged_whole_without_padding_or_protected_tokens(model):
+    texts = [torch.cat((torch.tensor([7]), tokens(n, seed=n), torch.tensor([7]))) for n in (5, 11, 3)]
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kw: seen.append((args[0], kw)), with_kwargs=True
+    )
+    quality = sp.evaluate(model, texts, draws=4, levels=(0.3,), never_mask=[7], batch=1)
+    hook.remove()
+    rows = [ids[0] for ids, _ in seen]
+    targets = [*texts * 4, *texts]
+    loss = []
+    for row, ids in zip(rows, targets, strict=True):
+        assert len(row) == len(ids), "no padding is computed"
+        hidden = row == MASK
+        assert not hidden[ids == 7].any() and torch.equal(row[~hidden], ids[~hidden])
+        log_p = forward_of(model, row[None])[0].log_softmax(-1)
+        loss.append(-log_p[hidden, ids[hidden]].mean().item())
+    expected = [statistics.fmean(loss[i:12:3]) for i in range(3)]
+    assert quality.per_window == pytest.approx(expected, abs=1e-5)
+    assert quality.per_window_at_level == {0.3: pytest.approx(loss[12:], abs=1e-5)}
+    assert quality.at_level[0.3] == pytest.approx(statistics.fmean(loss[12:]), abs=1e-5)
+    assert quality.tokens == sum(int((ids != 7).sum()) for ids in texts)
+
+
+def test_strings_lists_of_ids_and_padded_ids_are_one_thing(model):
+    texts = [tokens(n, seed=n) for n in (5, 11, 3)]
+    strings = [WordTokenizer().decode(ids.tolist()) for ids in texts]
+    padded = torch.stack([torch.cat((ids, ids.new_zeros(11 - len(ids)))) for ids in texts])
+    mask = torch.tensor([[1] * len(ids) + [0] * (11 - len(ids)) for ids in texts])
+    first = sp.evaluate(model, texts)
+    assert sp.evaluate(model, strings, tokenizer=WordTokenizer()) == first
+    assert sp.evaluate(model, padded, attention_mask=mask) == first
+    assert sp.evaluate(model, padded, attention_mask=mask, batch=2).per_window == pytest.approx(
+        first.per_window, abs=1e-5
+    )
+    whole = sp.evaluate(model, padded)
+    assert whole.tokens == 33 and first.tokens == 19
+
+
+def test_noise_can_be_kept_to_what_a_model_was_trained_for(model, text):
+    seen, quality = inputs_seen(
+        model, text, windows=4, length=20, draws=5, levels=(0.25, 0.1), highest_noise=0.5
+    )
+    masked = (seen == MASK).sum(1)
+    assert sorted(masked[:20].tolist()) == sorted([*range(1, 11)] * 2)
+    assert masked[20:].tolist() == [5] * 4 + [2] * 4
+    assert list(quality.at_level) == [0.25, 0.1]
+
+
+def test_a_level_does_not_depend_on_the_other_levels(model, text):
+    alone, among = (sp.evaluate(model, text, levels=levels, **SIZES) for levels in ((0.5,), (0.2, 0.5)))
+    assert alone.per_window_at_level[0.5] == among.per_window_at_level[0.5]
+    assert alone.nll == among.nll
+
+
+def test_the_interval_of_a_difference_holds_it_and_is_of_the_level_asked_for(model, text):
+    dense, other = sp.evaluate(model, text, **SIZES), sp.evaluate(toy(seed=9), text, **SIZES)
+    whole, level = other.interval(dense), other.interval(dense, 0.5)
+    assert whole.mean == pytest.approx(other.nll - dense.nll)
+    assert whole.low < whole.mean < whole.high
+    assert level.mean == pytest.approx(other.at_level[0.5] - dense.at_level[0.5])
+    assert dense.interval(dense) == (0, 0, 0)
+    with pytest.raises(ValueError, match=r"level must be one of \[0.15, 0.5, 0.9\], got 0.3"):
+        other.interval(dense, 0.3)
 
 
 def test_one_window_has_no_standard_error(model, text):
@@ -173,7 +240,17 @@ def test_a_config_without_a_mask_token_asks_for_one(model, text):
     ("change", "message"),
     [
         ({"text": tokens(9)}, "the text has 9 tokens, fewer than one window of 10"),
-        ({"text": tokens(2, 40)}, r"ids must have shape \[N\], got \(2, 40\)"),
+        ({"text": tokens(2, 3, 4)}, r"ids must be integers \[N\] or \[rows, L\]"),
+        ({"text": [tokens(3), tokens(0)]}, r"must have shape \[n\], n >= 1, got \[\(3,\), \(0,\)\]"),
+        ({"text": []}, "text needs a tokenizer"),
+        ({"text": [], "tokenizer": WordTokenizer()}, "at least one"),
+        ({"text": ["w1", ""], "tokenizer": WordTokenizer()}, "at least one token"),
+        ({"text": [tokens(5), torch.tensor([7, 7])], "never_mask": [7]}, "number 1 has none"),
+        ({"text": [tokens(5), tokens(65)]}, "65 tokens exceed the context of 64"),
+        ({"text": tokens(2, 5), "attention_mask": torch.ones(2, 4)}, r"shape \(2, 5\), got \(2, 4\)"),
+        ({"attention_mask": torch.ones(70)}, "attention_mask"),
+        ({"levels": (0.5, 1.5)}, r"must lie in \(0, 1\]"),
+        ({"highest_noise": 0.0}, r"must lie in \(0, 1\]"),
         ({"text": "w1 w2"}, "text needs a tokenizer"),
         ({"windows": 0}, r"at least 1, got \(0, 10, 3, 4\)"),
         ({"length": 0}, "at least 1"),

@@ -1,4 +1,4 @@
-"""Bootstrap intervals against scipy's, against resampling written out, and by how often they cover the truth."""
+"""Bootstrap intervals against scipy's, against resampling written out, and by how often they are right."""
 
 import numpy as np
 import pytest
