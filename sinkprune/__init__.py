@@ -39,7 +39,10 @@ _HOMES = {
     "SinkPrunedAttention": "modules",
     "SinkTracker": "sinks",
     "StepGraph": "graphs",
+    "Sparsity": "sparsification",
+    "sparsify": "sparsification",
     "track": "profiling",
+    "trajectories": "sparsification",
 }
 __all__ = ["__version__", "ops", *sorted(_HOMES)]
 
@@ -70,6 +73,9 @@ if TYPE_CHECKING:
     from sinkprune.repacking import apply as apply
     from sinkprune.repacking import restore as restore
     from sinkprune.sinks import SinkTracker as SinkTracker
+    from sinkprune.sparsification import Sparsity as Sparsity
+    from sinkprune.sparsification import sparsify as sparsify
+    from sinkprune.sparsification import trajectories as trajectories
 
 
 def __getattr__(name: str) -> Any:
