@@ -59,10 +59,10 @@ if TYPE_CHECKING:
     from sinkprune.generation import generate as generate
     from sinkprune.graphs import StepGraph as StepGraph
     from sinkprune.hardware import roofs as roofs
+    from sinkprune.intervals import bootstrap_difference as bootstrap_difference
     from sinkprune.latency_table import LatencyTable as LatencyTable
     from sinkprune.latency_table import computed_table as computed_table
     from sinkprune.latency_table import measured_table as measured_table
-    from sinkprune.intervals import bootstrap_difference as bootstrap_difference
     from sinkprune.modules import CompactMLP as CompactMLP
     from sinkprune.modules import SinkPrunedAttention as SinkPrunedAttention
     from sinkprune.planning import PrunePlan as PrunePlan

@@ -122,7 +122,7 @@ def denoise(
     current, forwards, wanted = canvas.ids, 0, prompt + gen_length
     for index, block in enumerate(canvas.blocks):
         reader.begin(block, current.shape[1])
-        for ids, new in _fill(block.rows, current, reader, sampler, canvas.steps):
+        for ids, new in fill(block.rows, current, reader, sampler, canvas.steps):
             current, forwards = ids, forwards + 1
             if callback is not None:
                 held = 0 if kept is None else kept.bytes
@@ -130,7 +130,7 @@ def denoise(
             yield ids[:, :wanted]
 
 
-def _fill(
+def fill(
     rows: slice, ids: Tensor, reader: Reader, sampler: Sampler, steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Fill a block's ``rows`` of ids ``[B, T]``; yield the ids, and which are new, after each forward."""
@@ -190,7 +190,7 @@ def generate(
             callback=report,
             **options,
         )
-    texts = [_decode(tokenizer, row[ids.shape[1] :].tolist()) for row in final]
+    texts = [decode(tokenizer, row[ids.shape[1] :].tolist()) for row in final]
     return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -294,7 +294,7 @@ def _check_padding(attention_mask: Tensor, block: int) -> None:
         )
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
+def decode(tokenizer: Any, ids: list[int]) -> str:
     """Text up to the first end-of-text token."""
     end = tokenizer.eos_token_id
     return tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True)
