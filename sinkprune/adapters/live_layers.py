@@ -156,11 +156,13 @@ class _Forward:
             raise ValueError(
                 "pruned or tracked attention has no probabilities: call without output_attentions"
             )
-        with _Intercept(self.attention):
+        with InterceptAttention(self.attention):
             return self.forward(*args, **keywords)
 
 
-class _Intercept(TorchFunctionMode):
+class InterceptAttention(TorchFunctionMode):
+    """``attention`` in the place of PyTorch's."""
+
     def __init__(self, attention: LiveAttention) -> None:
         super().__init__()
         self.attention = attention
