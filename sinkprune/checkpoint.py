@@ -35,6 +35,7 @@ from sinkprune.models.transformers_native import (
 from sinkprune.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.planning import PrunePlan
 from sinkprune.repacking import apply, compact_mlp, install_compact, mark
+from sinkprune.sparsification.note import Sparsity
 from sinkprune.version import __version__
 
 MANIFEST = "sinkprune.json"
@@ -90,6 +91,8 @@ def load(
         if form == "mask":  # the manifest vouches for the weights, whose fingerprint another dtype may change
             apply(model, replace(plan, fingerprint=""), mode="mask")
         mark(model, plan, form)
+    if manifest is not None and manifest.get("sparsity") is not None:
+        model.sparsity = Sparsity.from_dict(manifest["sparsity"])  # type: ignore[assignment]
     return model, _load_tokenizer(folder)
 
 
@@ -116,6 +119,7 @@ def save(
         TypeError: a model of any other class, which ``load`` could not make again.
     """
     folder = Path(folder)
+    sparsity: Sparsity | None = getattr(model, "sparsity", None)
     model = _as_native(model)
     config = _describe(model)
     if folder.exists() and not (overwrite and (folder / MANIFEST).exists()):
@@ -135,6 +139,7 @@ def save(
             "schema": MANIFEST_SCHEMA,
             "form": adapter.form,
             "plan": None if plan is None else plan.to_dict(),
+            "sparsity": None if sparsity is None else sparsity.to_dict(),
             "provenance": {"sinkprune": __version__, "torch": torch.__version__},
             "sha256": {name: _sha256(part / name) for name in ["config.json", *names]},
         }

@@ -352,3 +352,36 @@ def test_inputs_that_are_always_zero_lose_their_weights_and_nothing_breaks():
     sparsify(model, "sparsegpt", 0.5, calibration=rows(model))
     assert (model.blocks[1].q_proj.weight[:, :3] == 0).all()
     assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
+
+
+@pytest.mark.parametrize("make", [toy, llada_twin, lambda: build("bert")], ids=["native", "live", "bert"])
+def test_a_sparse_model_saves_and_loads_with_its_zeros_and_its_note(make, tmp_path):
+    model = make()
+    sparsify(model, "sink_wanda", 0.5, "2:4", rows(model, mask_token_id=MASK))
+    ids = tokens(2, 8)
+    sp.save(model, tmp_path / "sparse")
+    loaded, _ = sp.load(tmp_path / "sparse")
+    assert loaded.sparsity == model.sparsity == sp.Sparsity("sink_wanda", 0.5, "2:4")
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert set(sparsity_of(loaded).values()) == {0.5}
+    for layer in range(3):
+        own = sp.adapter_for(model).linears(layer)
+        for role, module in sp.adapter_for(loaded).linears(layer).items():
+            assert torch.equal(module.weight, own[role].weight), role
+    with pytest.raises(ValueError, match="sparse already"):
+        sparsify(loaded, "magnitude")
+
+
+def test_a_sparse_model_can_be_made_compact_and_keeps_both_notes(tmp_path):
+    model = sparsify(toy(), "magnitude", 0.5, "2:4")
+    sp.apply(model, manual_plan(model, [[0, 2]] * 3))
+    sp.save(model, tmp_path / "both")
+    loaded, _ = sp.load(tmp_path / "both")
+    assert (loaded.sparsity, loaded.prune_form) == (model.sparsity, "compact")
+    weight = loaded.blocks[0].attention.qkv_proj.weight
+    assert (weight.reshape(-1, 4) == 0).sum(1).unique().tolist() == [2]
+
+
+def test_dense_checkpoints_load_without_a_note(tmp_path):
+    sp.save(toy(), tmp_path / "dense")
+    assert getattr(sp.load(tmp_path / "dense")[0], "sparsity", None) is None
