@@ -207,6 +207,18 @@ def test_a_copy_that_honours_attention_bias_keeps_doing_so():
             close(pruned(ids, attention_bias=bias).logits, expected)
 
 
+def test_mmada_under_guidance_with_its_pairs_of_valid_tokens_for_a_bias():
+    model, ids = llada_twin(honours_bias=True, include_qkv_bias=True, embedding_size=70), tokens(2, 9)
+    assert sp.adapter_for(model).geometry().vocabulary == 70  # text and image tokens
+    valid = torch.ones(2, 9, dtype=torch.long)
+    valid[1, :3] = 0  # the unconditional half is padded, on the left
+    pairs = (valid[:, :, None] & valid[:, None, :]).bool().unsqueeze(1)
+    expected = zeroed_by_hand(model, HEADS)(ids, attention_bias=pairs).logits[valid.bool()]
+    for mode in ("mask", "compact"):
+        pruned = sp.apply(copy.deepcopy(model), manual_plan(model, HEADS), mode=mode)
+        close(pruned(ids, attention_bias=pairs).logits[valid.bool()], expected)
+
+
 @pytest.mark.parametrize("form", ["mask", "compact"])
 def test_mass_under_a_bias_equals_materialised_probabilities(form):
     model, ids = llada_twin(honours_bias=True, n_kv_heads=2), tokens(2, 9)
