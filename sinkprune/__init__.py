@@ -23,12 +23,14 @@ _HOMES = {
     "computed_table": "latency_table",
     "denoise": "generation",
     "evaluate": "evaluation",
+    "evaluate_generation": "generation_quality",
     "fuse": "fusing",
     "generate": "generation",
     "LatencyTable": "latency_table",
     "load": "checkpoint",
     "measured_table": "latency_table",
     "memory": "footprint",
+    "PhaseSchedule": "schedules",
     "plan": "planning",
     "profile": "profiling",
     "PrunePlan": "planning",
@@ -39,6 +41,7 @@ _HOMES = {
     "SinkPrunedAttention": "modules",
     "SinkTracker": "sinks",
     "StepGraph": "graphs",
+    "scheduled": "schedules",
     "Sparsity": "sparsification",
     "sparsify": "sparsification",
     "track": "profiling",
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from sinkprune.fusing import fuse as fuse
     from sinkprune.generation import denoise as denoise
     from sinkprune.generation import generate as generate
+    from sinkprune.generation_quality import evaluate_generation as evaluate_generation
     from sinkprune.graphs import StepGraph as StepGraph
     from sinkprune.hardware import roofs as roofs
     from sinkprune.intervals import bootstrap_difference as bootstrap_difference
@@ -72,6 +76,8 @@ if TYPE_CHECKING:
     from sinkprune.profiling import track as track
     from sinkprune.repacking import apply as apply
     from sinkprune.repacking import restore as restore
+    from sinkprune.schedules import PhaseSchedule as PhaseSchedule
+    from sinkprune.schedules import scheduled as scheduled
     from sinkprune.sinks import SinkTracker as SinkTracker
     from sinkprune.sparsification import Sparsity as Sparsity
     from sinkprune.sparsification import sparsify as sparsify
