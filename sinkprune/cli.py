@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The whole story on one model: profile, plan, apply, compare, report."""
-    from sinkprune import checkpoint, planning, profiling, repacking, report
+    from sinkprune import checkpoint, costs, hardware, planning, profiling, repacking, report
 
     out = _output_folder(options.out)
     started = time.monotonic()
@@ -62,6 +62,8 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         targets=tuple(options.targets.split(",")),
         seed=options.seed,
     )
+    ceilings = costs.ceilings(dense, plan, 1, 256, hardware.roofs(options.device))
+    say(f"this plan can give {costs.ceilings_text(ceilings)}")
     repacking.apply(pruned, plan)
     values = report.compare(
         dense,
@@ -112,9 +114,10 @@ def _profile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from sinkprune import checkpoint, costs, planning, profiling
+    from sinkprune import checkpoint, costs, hardware, planning, profiling
 
     out = _output_file(options.out)
+    roofs = hardware.roofs(options.roofs or options.device)
     model, _ = checkpoint.load(options.model, device=options.device)
     profile = profiling.SinkProfile.load(options.profile) if options.profile else None
     plan = planning.plan(
@@ -128,14 +131,19 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         whole_groups=options.whole_groups,
         seed=options.seed,
     )
-    ceiling = costs.ceiling(model, plan, options.batch, options.length)
+    ceilings = costs.ceilings(model, plan, options.batch, options.length, roofs)
     plan.save(out)
     text = (
-        f"removes {plan.heads_removed} heads, {100 * plan.parameters_removed:.1f} % of the block parameters; "
-        f"at most {ceiling:.2f}x faster at {options.batch} x {options.length} tokens\nwrote {out}"
+        f"removes {plan.heads_removed} heads, {100 * plan.parameters_removed:.1f} % of the block parameters\n"
+        f"this plan can give {costs.ceilings_text(ceilings)}\nwrote {out}"
     )
-    result = {"heads_removed": plan.heads_removed, "parameters_removed": plan.parameters_removed}
-    return {**result, "ceiling": ceiling, "plan": plan.to_dict()}, text
+    return {
+        "heads_removed": plan.heads_removed,
+        "parameters_removed": plan.parameters_removed,
+        "ceiling": ceilings["arithmetic"],
+        "ceilings": ceilings,
+        "plan": plan.to_dict(),
+    }, text
 
 
 def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -203,8 +211,12 @@ def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from sinkprune import checkpoint, generation
+    from sinkprune import checkpoint, footprint, generation
 
+    block = options.block_length or options.gen_length
+    total = len(options.prompt.split()) + options.gen_length  # at least
+    batch = 2 if options.cfg_scale else 1
+    footprint.check_folder_fits(options.model, options.device, batch, total, block)
     model, tokenizer = checkpoint.load(options.model, device=options.device)
     text = generation.generate(
         model,
@@ -434,6 +446,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--batch", type=int, default=1, help="of the ceiling printed (default: %(default)s)")
     sub.add_argument("--length", type=int, default=1024, help="of the ceiling printed (default: %(default)s)")
+    sub.add_argument("--roofs", help="of the ceiling: cpu, cuda, A100, H100 or H200 (default: the --device)")
     sub.add_argument("--out", required=True, help="the plan's file (JSON)")
 
     sub = command(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -169,3 +169,25 @@ def ceiling(
 def dtype_of(model: nn.Module | Geometry) -> torch.dtype:
     """The dtype of a model's weights; bfloat16 for a ``Geometry``, which has none."""
     return torch.bfloat16 if isinstance(model, Geometry) else next(model.parameters()).dtype
+
+
+def ceilings(model: nn.Module, plan: PrunePlan, batch: int, length: int, roofs: Roofs) -> dict[str, Any]:
+    """Both ceilings, JSON-ready. ``with_roofs`` is None where the roofs do not cover the model's dtype."""
+    known = str(dtype_of(model)).removeprefix("torch.") in roofs.flops
+    return {
+        "batch": batch,
+        "length": length,
+        "arithmetic": ceiling(model, plan, batch, length),
+        "with_roofs": ceiling(model, plan, batch, length, roofs) if known else None,
+        "roofs": f"{roofs.device} ({roofs.source})",
+    }
+
+
+def ceilings_text(values: dict[str, Any]) -> str:
+    """``ceilings`` as a sentence's end."""
+    text = (
+        f"at most {values['arithmetic']:.2f}x at {values['batch']} x {values['length']} tokens (arithmetic)"
+    )
+    if values["with_roofs"] is None:
+        return text
+    return f"{text}, {values['with_roofs']:.2f}x with the roofs of {values['roofs']}"

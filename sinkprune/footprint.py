@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,17 +143,22 @@ def check_folder_fits(source: str | Path, device: str, batch: int, length: int, 
     if torch.device(device).type != "cuda":
         return
     from sinkprune import checkpoint
+    from sinkprune.planning import PrunePlan
 
     folder = checkpoint.folder_of(source)
-    model = checkpoint.lay_out_folder(folder, checkpoint.read_json(folder / "config.json"))
+    adapter = adapter_for(checkpoint.lay_out_folder(folder, checkpoint.read_json(folder / "config.json")))
+    manifest = folder / checkpoint.MANIFEST
+    planned = checkpoint.read_json(manifest).get("plan") if manifest.exists() else None
+    plan = None if planned is None else PrunePlan.from_dict(planned)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    dtype = torch.bfloat16 if stored < 3 * numbers else torch.float32
-    geometry = adapter_for(model).geometry()
-    options: dict[str, Any] = {"dtype": dtype, "batch": batch, "head_rows": head_rows}
-    fitting = longest(geometry, torch.cuda.mem_get_info(device)[0], **options)
-    needed = memory(geometry, length=length, **options)
-    check_fits(needed, device, fitting, f"{source} with {batch} x {length} tokens")
+    numbers = sum(parameter.numel() for parameter in adapter.model.parameters())
+    kept = 1.0 if plan is None else 1 - plan.parameters_removed
+    options: dict[str, Any] = {"plan": plan, "batch": batch, "head_rows": head_rows}
+    options["dtype"] = torch.bfloat16 if stored < 3 * numbers * kept else torch.float32
+    needed = memory(adapter.geometry(), length=length, **options)
+    free = torch.cuda.mem_get_info(device)[0]
+    fitting = longest(adapter.geometry(), free - stored + needed.weights, **options)
+    check_fits(replace(needed, weights=stored), device, fitting, f"{source} with {batch} x {length} tokens")
 
 
 def counted_peak(call: Callable[[], object]) -> int:

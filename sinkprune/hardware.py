@@ -80,11 +80,15 @@ def roofs(device: torch.device | str, *, path: Path | None = None, again: bool =
         again: measure although the file is there.
 
     Raises:
+        ValueError: not a name of a device.
         RuntimeError: there is no such device.
     """
     if device in _SHEETS:
         return data_sheet(str(device))
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"roofs are of cpu, cuda, cuda:N, {', '.join(_SHEETS)}, not of {device!r}") from None
     if where.type not in ("cpu", "cuda") or (
         where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count()
     ):

@@ -136,3 +136,5 @@ def test_a_folder_is_judged_by_its_sizes_before_it_is_loaded(monkeypatch):
     with pytest.raises(ValueError, match="tiny with 1 x 128 tokens needs"):
         check_folder_fits("tiny", "cuda", 1, 128, 64)
     check_folder_fits("tiny", "cpu", 1, 128, 64)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200 * 10**6, 10**9))
+    check_folder_fits("tiny", "cuda", 1, 128, 64)

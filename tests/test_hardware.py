@@ -57,6 +57,8 @@ def test_data_sheets_and_what_they_do_not_cover():
         hardware.data_sheet("B300")
     with pytest.raises(ValueError, match="the roofs of H100 cover bfloat16, float16, float32, not float64"):
         h100.peak(torch.float64)
+    with pytest.raises(ValueError, match="roofs are of cpu, cuda, cuda:N, A100, H100, H200, not of 'abacus'"):
+        hardware.roofs("abacus")
     with pytest.raises(RuntimeError, match="there is no device cuda:77"):
         hardware.roofs("cuda:77")
 
@@ -106,3 +108,22 @@ def test_half_the_heads_of_llada_give_what_arithmetic_says():
     assert sp.ceiling(LLADA, plan, 1, 8, hardware.data_sheet("H100")) == pytest.approx(
         sp.ceiling(LLADA, plan, 1, 1), rel=0.05
     )
+
+
+def test_both_ceilings_are_told_before_anything_is_pruned(tmp_path, monkeypatch, capsys):
+    from sinkprune.cli import main
+
+    monkeypatch.setattr(hardware, "measure", lambda device: flat(1e11, 1e10))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arguments = ["plan", "tiny", "--criterion", "random", "--length", "64", "--out", str(tmp_path / "p.json")]
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    model, _ = sp.load("tiny")
+    plan = PrunePlan.load(tmp_path / "p.json")
+    assert told["ceilings"]["arithmetic"] == told["ceiling"] == sp.ceiling(model, plan, 1, 64)
+    assert told["ceilings"]["with_roofs"] == sp.ceiling(model, plan, 1, 64, flat(1e11, 1e10))
+    assert main([*arguments, "--roofs", "H100"]) == 0
+    h100 = sp.ceiling(model, plan, 1, 64, hardware.data_sheet("H100"))
+    line = f"at most {told['ceiling']:.2f}x at 1 x 64 tokens (arithmetic), {h100:.2f}x with the roofs of H100"
+    assert line in capsys.readouterr().out
+    assert main([*arguments, "--roofs", "abacus"]) == 2
