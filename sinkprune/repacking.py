@@ -122,12 +122,20 @@ def compact_mlp(weights: MLPWeights, channels: list[int]) -> CompactMLP:
     return CompactMLP(gate_up, down, bias, _copy(weights.down_bias))
 
 
-def _mask(adapter: Adapter, plan: PrunePlan) -> None:
+def mask_indices(adapter: Adapter, plan: PrunePlan) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Heads and channels of every layer as ``Adapter.mask`` takes them, on the layer's device; None = all."""
+    found: list[tuple[Tensor | None, Tensor | None]] = []
     for layer, kept in enumerate(plan.layers):
         device = adapter.attention_weights(layer).q.device
         channels = None if kept.kept_channels is None else torch.tensor(kept.kept_channels, device=device)
         everything = len(kept.kept_heads) == plan.geometry.heads[layer]
         heads = None if everything else torch.tensor(kept.kept_heads, dtype=torch.long, device=device)
+        found.append((heads, channels))
+    return found
+
+
+def _mask(adapter: Adapter, plan: PrunePlan) -> None:
+    for layer, (heads, channels) in enumerate(mask_indices(adapter, plan)):
         adapter.mask(layer, heads, channels)
 
 
