@@ -23,6 +23,7 @@ _HOMES = {
     "computed_table": "latency_table",
     "denoise": "generation",
     "evaluate": "evaluation",
+    "export": "exporting",
     "evaluate_generation": "generation_quality",
     "fuse": "fusing",
     "generate": "generation",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from sinkprune.checkpoint import save as save
     from sinkprune.costs import ceiling as ceiling
     from sinkprune.evaluation import evaluate as evaluate
+    from sinkprune.exporting import export as export
     from sinkprune.footprint import memory as memory
     from sinkprune.fusing import fuse as fuse
     from sinkprune.generation import denoise as denoise

@@ -121,7 +121,7 @@ def save(
     folder = Path(folder)
     sparsity: Sparsity | None = getattr(model, "sparsity", None)
     model = _as_native(model)
-    config = _describe(model)
+    config = describe_model(model)
     if folder.exists() and not (overwrite and (folder / MANIFEST).exists()):
         raise FileExistsError(
             f"{folder} exists; choose another path (overwrite=True replaces what save wrote)"
@@ -129,7 +129,7 @@ def save(
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        names = _write_shards(model, part, shard_bytes)
+        names = write_shards(model, part, shard_bytes)
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
@@ -268,7 +268,7 @@ def _as_native(model: nn.Module) -> nn.Module:
     return native
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
+def describe_model(model: nn.Module) -> dict[str, Any]:
     """The model's ``config.json``, from which ``load`` lays it out."""
     if is_transformers_native(model):
         return describe(model)
@@ -347,7 +347,8 @@ def _tied(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _write_shards(model: nn.Module, folder: Path, shard_bytes: int) -> list[str]:
+def write_shards(model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:
+    """Write the model's tensors as safetensors, with an index where there are several files; their names."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     again = {name for names in _tied(model) for name in names[1:]}
