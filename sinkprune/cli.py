@@ -195,37 +195,121 @@ def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     from sinkprune import checkpoint, evaluation
 
-    model, tokenizer = checkpoint.load(options.model, device=options.device)
     text = _text(options.text, "held_out")
+    loaded = [
+        checkpoint.load(path, device=options.device)
+        for path in (options.model, options.against)
+        if path is not None
+    ]
     with tqdm(desc="evaluating", unit="forward", disable=options.quiet) as bar:
-        quality = evaluation.evaluate(
-            model,
-            text,
-            tokenizer=tokenizer,
-            windows=options.windows,
-            length=options.length,
-            progress=bar.update,
-        )
+        qualities = [
+            evaluation.evaluate(
+                model,
+                text,
+                tokenizer=tokenizer,
+                windows=options.windows,
+                length=options.length,
+                levels=_numbers(options.levels),
+                highest_noise=options.highest_noise,
+                progress=bar.update,
+            )
+            for model, tokenizer in loaded
+        ]
+    quality = qualities[0]
     levels = ", ".join(f"t={t}: {loss:.3f}" for t, loss in quality.at_level.items())
-    return asdict(quality), f"NLL bound {quality.nll:.4f} ± {quality.nll_se:.4f} nat per token; {levels}"
+    result, line = (
+        asdict(quality),
+        f"NLL bound {quality.nll:.4f} ± {quality.nll_se:.4f} nat per token; {levels}",
+    )
+    if options.against:
+        of = {"nll": None} | {f"t={t}": t for t in quality.at_level}
+        differences = {name: quality.interval(qualities[1], level) for name, level in of.items()}
+        result["against"] = asdict(qualities[1])
+        result["difference"] = {name: interval._asdict() for name, interval in differences.items()}
+        line += f"\nagainst {options.against} (95 % intervals):" + _lines(differences)
+    if options.generation:
+        result["generation"], more = _eval_generation(options, text, loaded)
+        line += more
+    return result, line
+
+
+def _eval_generation(
+    options: argparse.Namespace, text: str, loaded: list[tuple[Any, Any]]
+) -> tuple[dict[str, Any], str]:
+    from tqdm import tqdm
+
+    from sinkprune import generation_quality
+
+    scorer = None
+    if options.scorer:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        judge = AutoModelForCausalLM.from_pretrained(options.scorer, local_files_only=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(options.scorer, local_files_only=True)
+        scorer = generation_quality.CausalScorer(judge.to(options.device), tokenizer)
+    half = options.length // 2
+    with tqdm(desc="generating", unit="forward", disable=options.quiet) as bar:
+        qualities = [
+            generation_quality.evaluate_generation(
+                model,
+                tokenizer,
+                text,
+                scorer=scorer,
+                windows=options.windows,
+                prompt_length=options.length - half,
+                gen_length=half,
+                progress=bar.update,
+            )
+            for model, tokenizer in loaded
+        ]
+    quality = qualities[0]
+    result: dict[str, Any] = {"measures": quality.summary()}
+    lines = "\ngenerated (95 % intervals):" + _lines({k: m.interval() for k, m in quality.measures.items()})
+    if options.against:
+        for name, found in (
+            ("difference", quality.minus(qualities[1])),
+            ("likeness", quality.likeness(qualities[1])),
+        ):
+            result[name] = {key: interval._asdict() for key, interval in found.items()}
+            lines += f"\n{name} to {options.against}:" + _lines(found)
+    return result, lines
+
+
+def _lines(intervals: dict[str, Any]) -> str:
+    return "".join(
+        f"\n  {name:<24} {i.mean:9.4f}  [{i.low:.4f}, {i.high:.4f}]" for name, i in intervals.items()
+    )
 
 
 def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from sinkprune import checkpoint, footprint, generation
+    from sinkprune import checkpoint, footprint, generation, windows
 
     block = options.block_length or options.gen_length
     total = len(options.prompt.split()) + options.gen_length  # at least
     batch = 2 if options.cfg_scale else 1
     footprint.check_folder_fits(options.model, options.device, batch, total, block)
     model, tokenizer = checkpoint.load(options.model, device=options.device)
+    cache = windows.new_cache(options.cache)
+    steps: list[generation.Step] = []
     text = generation.generate(
         model,
         tokenizer,
         options.prompt,
         progress=not options.quiet,
+        callback=steps.append,
+        algorithm=options.algorithm,
+        threshold=options.threshold,
+        cache=cache,
         **_sampler_options(options),
     )
-    return {"prompt": options.prompt, "text": text}, str(text)
+    result = {"prompt": options.prompt, "text": text, "forwards": len(steps)}
+    if cache is not None:
+        result |= {"cache_bytes": cache.bytes, "cache_bytes_saved": windows.saved_bytes(model, cache)}
+        _teller(options)(
+            f"{len(steps)} forwards; the cache took {cache.bytes / 1e6:.2f} MB, "
+            f"{result['cache_bytes_saved'] / 1e6:.2f} MB less than the dense model's"
+        )
+    return result, str(text)
 
 
 def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -302,6 +386,14 @@ def _summary(values: dict[str, Any]) -> str:
         f"{speed['dense_ms_per_step']:.2f} -> {speed['pruned_ms_per_step']:.2f} ms per step: "
         f"{speed['ratio']:.2f}x, arithmetic allows {speed['ceiling']:.2f}x"
     )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers between commas. Raises ``ValueError``."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"expected numbers between commas, got {text!r}") from None
 
 
 def _sampler_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -484,11 +576,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint written before")
     sub.add_argument("--out", required=True, help="the checkpoint's folder")
 
-    sub = command("eval", _eval, "Masked NLL bound on text.", "sinkprune eval pruned/ --text held_out.txt")
+    sub = command(
+        "eval",
+        _eval,
+        "Quality on text: the masked NLL bound, and what the model writes; paired with another model's.",
+        "sinkprune eval pruned/ --against tiny --text held_out.txt --generation",
+    )
     sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("--against", help="another model, say the dense one: differences with 95 %% intervals")
     sub.add_argument("--text", help="a UTF-8 text file (default: the embedded held-out text)")
     sub.add_argument("--windows", type=int, default=32, help="windows of text (default: %(default)s)")
     sub.add_argument("--length", type=int, default=128, help="tokens of a window (default: %(default)s)")
+    sub.add_argument("--levels", default="0.15,0.5,0.9", help="noise levels (default: %(default)s)")
+    sub.add_argument("--highest-noise", type=float, default=1.0, help="of the bound (default: %(default)s)")
+    sub.add_argument("--generation", action="store_true", help="also infill and continue half of each window")
+    sub.add_argument("--scorer", help="folder of a causal LM that gives generated text its perplexity")
 
     sub = command(
         "generate",
@@ -499,6 +601,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="tiny, or a local folder")
     sub.add_argument("prompt")
     sampler(sub, 64)
+    sub.add_argument("--algorithm", help="low_confidence, random, or Dream's origin, maskgit_plus, …")
+    sub.add_argument("--threshold", type=float, help="commit all tokens this sure, instead of --steps")
+    sub.add_argument("--cache", help="prefix, dual or dllm (approximate), block (block-causal models)")
 
     sub = command(
         "report",

@@ -62,6 +62,29 @@ def test_profile_plan_apply_generate_eval(made, capsys):
     assert result["nll"] == sp.evaluate(model, text, tokenizer=tokenizer, windows=2, length=32).nll
 
 
+def test_eval_against_another_model_pairs_text_and_what_is_written(made, capsys):
+    capsys.readouterr()
+    short = ["--windows", "3", "--length", "16", "--levels", "0.3,0.5", "--highest-noise", "0.5"]
+    run("eval", made / "pruned", "--against", "tiny", *short, "--generation", "--json")
+    result = json.loads(capsys.readouterr().out)
+    text = sp.checkpoint.asset("text/held_out.txt").read_text("utf-8")
+    options = {"windows": 3, "length": 16, "levels": (0.3, 0.5), "highest_noise": 0.5}
+    pruned, dense = (sp.load(name) for name in (made / "pruned", "tiny"))
+    qualities = [sp.evaluate(m, text, tokenizer=t, **options) for m, t in (pruned, dense)]
+    assert result["against"]["nll"] == qualities[1].nll
+    assert result["difference"]["nll"] == qualities[0].interval(qualities[1])._asdict()
+    assert result["difference"]["t=0.3"] == qualities[0].interval(qualities[1], 0.3)._asdict()
+    sizes = {"windows": 3, "prompt_length": 8, "gen_length": 8}
+    written = [sp.evaluate_generation(m, t, text, **sizes) for m, t in (pruned, dense)]
+    assert result["generation"]["measures"] == written[0].summary()
+    assert result["generation"]["difference"]["infilling_accuracy"]["mean"] == pytest.approx(
+        written[0].minus(written[1])["infilling_accuracy"].mean
+    )
+    assert result["generation"]["likeness"].keys() == written[0].likeness(written[1]).keys()
+    run("eval", made / "pruned", "--against", "tiny", *short)
+    assert "against tiny (95 % intervals):" in capsys.readouterr().out
+
+
 def test_report_is_self_contained_and_says_what_the_files_say(made, tmp_path, capsys):
     capsys.readouterr()
     profile = made / "profile.safetensors"
@@ -122,6 +145,8 @@ def test_doctor_names_versions_and_backends(capsys):
         (["profile", "tiny", "--prompt", "a", "--out", "/proc/nope/p"], "not a folder that can be written"),
         (["demo", "--out", "/proc/nope"], "/proc/nope"),
         (["eval", "tiny", "--text", "missing.txt"], "missing.txt"),
+        (["eval", "tiny", "--levels", "a half"], "expected numbers between commas, got 'a half'"),
+        (["eval", "tiny", "--levels", "1.5"], "must lie in (0, 1], got (1.5,)"),
         (["tune", "tiny", "--length", "64"], "there is no CUDA device"),
         (["generate", "tiny", "a", "--temperature", "nan"], "must be finite"),
         (["generate", "tiny", "a", "--steps", "0"], "positive integer, got 0"),
