@@ -68,6 +68,16 @@ class Cache(ABC):
         """Memory of what is held now."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens' keys and values are held now."""
+        return next((k.shape[2] for k, _ in self._held.values()), 0)
+
+    @property
+    def batch(self) -> int:
+        """Sequences held now."""
+        return next((k.shape[0] for k, _ in self._held.values()), 0)
+
     def _tensors(self) -> Iterable[Tensor]:
         return (tensor for pair in self._held.values() for tensor in pair)
 
@@ -100,14 +110,11 @@ class BlockCache(Cache):
 
     @property
     def window(self) -> tuple[int, int]:
-        return self._length(), self.end
+        return self.tokens, self.end
 
     def key_positions(self, positions: Tensor) -> Tensor:
-        before = torch.arange(self._length(), device=positions.device)
+        before = torch.arange(self.tokens, device=positions.device)
         return torch.cat((before.expand(*positions.shape[:-1], -1), positions), dim=-1)
-
-    def _length(self) -> int:
-        return next((k.shape[2] for k, _ in self._held.values()), 0)
 
     def _update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         held = self._of(layer, k)
@@ -133,7 +140,7 @@ class PrefixCache(BlockCache):
 
     @property
     def window(self) -> tuple[int, int]:
-        return self._length(), self.total
+        return self.tokens, self.total
 
 
 class DualCache(Cache):

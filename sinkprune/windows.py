@@ -31,18 +31,24 @@ def blocks_of(prompt_length: int, gen_length: int, block_length: int, aligned: b
     return [Block(start, slice(max(start, prompt_length), start + block_length)) for start in starts]
 
 
-def cache_for(adapter: Adapter, cache: str | Cache | None) -> Cache | None:
-    """An empty cache for one generation. Raises ``ValueError`` for one that the model can't use."""
-    if cache is None:
+def new_cache(name: str | None) -> Cache | None:
+    """An empty cache by its name. Raises ``ValueError`` for an unknown one."""
+    if name is None:
         return None
-    name = cache if isinstance(cache, str) else cache.name
     if name not in CACHES:
         raise ValueError(f"cache must be None or one of {', '.join(sorted(CACHES))}, got {name!r}")
-    if name not in adapter.caches:
+    return CACHES[name]()
+
+
+def cache_for(adapter: Adapter, cache: str | Cache | None) -> Cache | None:
+    """An empty cache for one generation. Raises ``ValueError`` for one that the model can't use."""
+    cache = cache if isinstance(cache, Cache) else new_cache(cache)
+    if cache is None:
+        return None
+    if cache.name not in adapter.caches:
         model = f"{adapter.family} ({type(adapter.model).__name__})"
         takes = f"takes the cache {' or '.join(adapter.caches)}" if adapter.caches else "takes no cache"
-        raise ValueError(f"{model} {takes}, got {name!r}")
-    cache = CACHES[name]() if isinstance(cache, str) else cache
+        raise ValueError(f"{model} {takes}, got {cache.name!r}")
     cache.clear()
     return cache
 
@@ -130,3 +136,8 @@ def cache_size(model: nn.Module, tokens: int, batch: int = 1) -> CacheSize:
         for layer in range(geometry.num_layers)
     ]
     return CacheSize(each * sum(kept), each * sum(geometry.kv_heads))
+
+
+def saved_bytes(model: nn.Module, cache: Cache) -> int:
+    """How much more the keys and values that ``cache`` holds of ``model`` would be of the dense model."""
+    return cache_size(model, cache.tokens, cache.batch).saved

@@ -13,7 +13,7 @@ from toys import manual_plan, one_thread, tokens, toy  # noqa: F401
 
 import sinkprune as sp
 from sinkprune.caches import CACHES, BlockCache, DualCache, PrefixCache
-from sinkprune.windows import cache_size
+from sinkprune.windows import cache_size, saved_bytes
 
 KEPT = [[0, 1, 3], [2], [0, 2]]
 LLADA, DREAM, SDAR = "llada", "dream", "sdar"
@@ -156,6 +156,9 @@ def test_a_compact_model_holds_its_kept_key_value_heads_only(models, family, cac
     assert seen[-1].cache_bytes == size.bytes == expected
     assert size.dense == 2 * 2 * held * 6 * width * 4
     assert size.saved == size.dense - size.bytes
+    mine = CACHES[cache]()
+    list(sp.denoise(model, tokens(2, 5), cache=mine, **sizes))
+    assert (mine.tokens, mine.batch, saved_bytes(model, mine)) == (held, 2, size.saved)
 
 
 def test_a_cache_of_half_the_width_takes_half_the_bytes():
