@@ -253,7 +253,7 @@ def _as_native(model: nn.Module) -> nn.Module:
         packed[name] = SinkPrunedAttention.from_projections(
             **vars(adapter.attention_weights(layer)),
             head_dim=laid_out.head_dim,
-            kv_head_of=list(range(laid_out.num_heads)) if owner is None else owner.tolist(),
+            kv_head_of=None if owner is None else owner.tolist(),
         )
     layers = plan.layers if plan is not None and attentions else []
     narrowed = [i for i, kept in enumerate(layers) if kept.kept_channels is not None]

@@ -191,12 +191,13 @@ def test_tracked_mass_equals_materialised_probabilities_and_tracking_changes_not
     assert_untouched(model)
 
 
+@pytest.mark.parametrize("heads", [HEADS, [[0, 1], [2, 3], [0, 1]]], ids=["uneven", "whole groups"])
 @pytest.mark.parametrize("form", ["dense", "mask", "compact"])
 @pytest.mark.parametrize(("twin", "native"), BLOCK_CAUSAL.values(), ids=BLOCK_CAUSAL.keys())
-def test_a_live_object_saves_as_the_native_model_it_equals(tmp_path, twin, native, form):
+def test_a_live_object_saves_as_the_native_model_it_equals(tmp_path, twin, native, form, heads):
     model, ids = twin(), tokens(2, 9)
     if form != "dense":
-        sp.apply(model, manual_plan(model, HEADS), mode=form)
+        sp.apply(model, manual_plan(model, heads), mode=form)
     sp.save(model, tmp_path / "m")
     loaded, _ = sp.load(tmp_path / "m")
     assert type(loaded) is type(native()) and sp.adapter_for(loaded).form == form
