@@ -6,13 +6,24 @@ import pkgutil
 from sinkprune.adapters.base import (
     Adapter,
     AttentionWeights,
+    Facts,
     Geometry,
     MLPWeights,
     adapter_for,
     register_adapter,
+    registered,
 )
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Adapter", "AttentionWeights", "Geometry", "MLPWeights", "adapter_for", "register_adapter"]
+__all__ = [
+    "Adapter",
+    "AttentionWeights",
+    "Facts",
+    "Geometry",
+    "MLPWeights",
+    "adapter_for",
+    "register_adapter",
+    "registered",
+]

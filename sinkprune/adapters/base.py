@@ -92,6 +92,18 @@ class MLPWeights:
     down_bias: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What docs/families.md says of a family beside what its adapter shows; a cell that is not ``"yes"`` says
+    why not, or where not."""
+
+    models: str
+    mask: str = "yes"
+    compact: str = "yes"
+    channels: str = "yes"
+    export: str = "yes"
+
+
 LayerObserver = Callable[[int, AttentionCall], None]
 
 
@@ -99,6 +111,7 @@ class Adapter(ABC):
     """A view of one live model."""
 
     family: str
+    facts: ClassVar[Facts | None] = None
     caches: ClassVar[tuple[str, ...]] = ()  # names of those in ``sinkprune.caches`` that the model takes
     shift: ClassVar[int] = 0  # 1 where a row of the model's logits is about the next token
 
@@ -295,6 +308,11 @@ def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
     """Class decorator: make a family known to every verb."""
     _FAMILIES.append(adapter)
     return adapter
+
+
+def registered() -> tuple[type[Adapter], ...]:
+    """Every family's adapter, in the order they are asked."""
+    return tuple(_FAMILIES)
 
 
 def adapter_for(model: nn.Module) -> Adapter:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sinkprune.adapters.base import Geometry, MLPWeights, register_adapter
+from sinkprune.adapters.base import Facts, Geometry, MLPWeights, register_adapter
 from sinkprune.adapters.live import LiveAdapter, LiveAttention
 from sinkprune.adapters.live_layers import InterceptAttention
 from sinkprune.models.block_causal import positions_of
@@ -29,6 +29,7 @@ class DDiTBlocks(LiveAdapter):
     """``model.backbone.blocks``, and logits of ``model(input_ids, timesteps)`` about each row's own token."""
 
     family = "ddit"
+    facts = Facts("MDLM, BD3LM (block diffusion)", mask="yes, unless it runs FlexAttention")
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
@@ -77,6 +78,7 @@ class DDiTBlocks(LiveAdapter):
 
     @property
     def block_size(self) -> int | None:
+        """BD3LM's; None for MDLM, which sees everything."""
         config = self._config
         return int(config.block_size) if getattr(config, "cross_attn", False) else None
 

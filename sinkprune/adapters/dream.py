@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sinkprune.adapters.base import (
     Adapter,
     AttentionWeights,
+    Facts,
     Geometry,
     LayerObserver,
     MLPWeights,
@@ -30,6 +31,9 @@ class NativeDream(Adapter):
     """Compact modules take the place of ``layer.self_attn`` and ``layer.mlp``."""
 
     family = "dream"
+    facts = Facts(
+        "Dream-7B, DiffuCoder", export="channels alone: num_attention_heads fixes the width of a head"
+    )
     caches = ("prefix", "dual")
     shift = 1
     model: Dream

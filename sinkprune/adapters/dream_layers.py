@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sinkprune.adapters.base import register_adapter
+from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.dream import shifted_rows
 from sinkprune.adapters.live_layers import LiveLayers, calls_attention, layers_of
 
@@ -19,6 +19,8 @@ class DreamLayers(LiveLayers):
     """
 
     family = "dream"
+    facts = Facts("Dream-7B, DiffuCoder, copies (Fast-dLLM's)")
+    shift = 1
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:

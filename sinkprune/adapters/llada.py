@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sinkprune.adapters.base import (
     Adapter,
     AttentionWeights,
+    Facts,
     Geometry,
     LayerObserver,
     MLPWeights,
@@ -29,6 +30,11 @@ class NativeLLaDA(Adapter):
     """Blocks own their projections; compact modules go into ``block.attention`` and ``block.mlp``."""
 
     family = "llada"
+    facts = Facts(
+        "LLaDA-8B, LLaDA-1.5",
+        compact="yes, unless its qk-norm runs over the full width",
+        export="channels alone: n_heads fixes the width of a head",
+    )
     caches = ("prefix", "dual")
     model: LLaDA
 

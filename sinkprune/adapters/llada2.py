@@ -6,7 +6,7 @@ from typing import ClassVar, cast
 
 from torch import nn
 
-from sinkprune.adapters.base import AttentionWeights, Geometry, register_adapter
+from sinkprune.adapters.base import AttentionWeights, Facts, Geometry, register_adapter
 from sinkprune.adapters.block_causal import NativeBlockCausal
 from sinkprune.models.llada2 import LLaDA2, LLaDA2Attention
 
@@ -19,6 +19,7 @@ class NativeLLaDA2(NativeBlockCausal):
     """
 
     family = "llada2_moe"
+    facts = Facts("LLaDA2.0-mini, -flash", channels="dense layers only; experts keep theirs")
     model: LLaDA2
     ATTENTION: ClassVar[dict[str, str]] = {"qkv": "attention.query_key_value", "o": "attention.dense"}
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from sinkprune.adapters.base import register_adapter
+from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.live_layers import BlockCausalLayers, calls_attention, layers_of
 
 _COUNTS = ("num_heads", "num_key_value_heads", "num_key_value_groups", "head_dim")
@@ -20,6 +20,9 @@ class LLaDA2Layers(BlockCausalLayers):
     """
 
     family = "llada2_moe"
+    facts = Facts(
+        "LLaDA2.0-mini, -flash, copies (dInfer's)", channels="dense layers only; experts keep theirs"
+    )
     site = "attention"
     attention_names: ClassVar[dict[str, str]] = {"qkv": "query_key_value", "o": "dense"}
     norm_names: ClassVar[tuple[str, ...]] = ("query_layernorm", "key_layernorm")

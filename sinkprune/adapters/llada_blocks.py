@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from sinkprune.adapters.base import Geometry, register_adapter
+from sinkprune.adapters.base import Facts, Geometry, register_adapter
 from sinkprune.adapters.live import LiveAdapter, LiveAttention
 
 _CALL = "_scaled_dot_product_attention"
@@ -29,6 +29,10 @@ class LLaDABlocks(LiveAdapter):
     """
 
     family = "llada"
+    facts = Facts(
+        "LLaDA-8B, LLaDA-1.5, MMaDA, copies (Fast-dLLM's, dInfer's)",
+        compact="yes, unless its qk-norm runs over the full width",
+    )
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from sinkprune.adapters.base import register_adapter
+from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.live_layers import LiveLayers, calls_attention, layers_of
 
 _COUNTS = ("num_heads", "num_key_value_heads", "num_key_value_groups", "head_dim", "hidden_size")
@@ -20,6 +20,7 @@ class LLaDAMoELayers(LiveLayers):
     """
 
     family = "llada_moe"
+    facts = Facts("LLaDA-MoE-7B-A1B", channels="dense layers only; experts keep theirs")
     norm_names: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
 
     @classmethod

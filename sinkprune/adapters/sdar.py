@@ -6,7 +6,7 @@ from typing import ClassVar, cast
 
 from torch import nn
 
-from sinkprune.adapters.base import AttentionWeights, Geometry, register_adapter
+from sinkprune.adapters.base import AttentionWeights, Facts, Geometry, register_adapter
 from sinkprune.adapters.block_causal import NativeBlockCausal
 from sinkprune.models.sdar import SDAR, SDARAttention
 
@@ -16,6 +16,7 @@ class NativeSDAR(NativeBlockCausal):
     """Compact modules take the place of ``layer.self_attn`` and ``layer.mlp``."""
 
     family = "sdar"
+    facts = Facts("SDAR-1.7B, 4B, 8B")
     model: SDAR
     ATTENTION: ClassVar[dict[str, str]] = {role: f"self_attn.{role}_proj" for role in "qkvo"}
 

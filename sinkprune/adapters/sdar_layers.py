@@ -6,7 +6,7 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
-from sinkprune.adapters.base import register_adapter
+from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.live_layers import BlockCausalLayers, calls_attention, layers_of
 
 _COUNTS = ("num_attention_heads", "num_key_value_heads", "num_key_value_groups", "head_dim")
@@ -21,6 +21,7 @@ class SDARLayers(BlockCausalLayers):
     """
 
     family = "sdar"
+    facts = Facts("SDAR-1.7B, 4B, 8B")
     norm_names: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
     default_block = 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from sinkprune.adapters.base import register_adapter
+from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.transformers_attention import TransformersAdapter, is_transformers_model
 
 
@@ -13,6 +13,9 @@ class TransformersAlbert(TransformersAdapter):
     """Recognised, so that the refusal can say why."""
 
     family = "transformers encoder with shared layers (ALBERT, refused)"
+    facts = Facts(
+        "ALBERT", **dict.fromkeys(("mask", "compact", "channels", "export"), "no: its layers are one layer")
+    )
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import nn
 
-from sinkprune.adapters.base import register_adapter
+from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.transformers_attention import TransformersAdapter, is_transformers_model
 
 
@@ -16,6 +16,7 @@ class TransformersBert(TransformersAdapter):
     matrices: ``intermediate.dense``, ``output.dense``."""
 
     family = "transformers encoder (BERT)"
+    facts = Facts("BERT", export="channels alone: num_attention_heads fixes the width of a head")
     head_dim_name = "attention_head_size"
     mlp_matrices = 2
 

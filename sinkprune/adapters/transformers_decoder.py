@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sinkprune.adapters.base import register_adapter
+from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.transformers_attention import TransformersAdapter, is_transformers_model
 
 _QKVO = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -19,6 +19,10 @@ class TransformersDecoder(TransformersAdapter):
     """``layers.{i}.self_attn.{q,k,v,o}_proj`` and, where the MLP is dense, ``mlp.{gate,up,down}_proj``."""
 
     family = "transformers decoder (Llama, Qwen2, Qwen3)"
+    facts = Facts(
+        "Llama, Qwen2, Qwen3 and others of their tree, causal or bidirectional",
+        channels="dense layers only; experts keep theirs",
+    )
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from sinkprune.adapters.base import AttentionWeights, Geometry, check_ready, register_adapter
+from sinkprune.adapters.base import AttentionWeights, Facts, Geometry, check_ready, register_adapter
 from sinkprune.adapters.transformers_attention import (
     TransformersAdapter,
     is_transformers_model,
@@ -25,6 +25,12 @@ class TransformersDiffusionGemma(TransformersAdapter):
     """``model.decoder.layers.{i}`` and ``model.encoder.language_model.layers.{i}``, tied."""
 
     family = "transformers block diffusion (DiffusionGemma)"
+    facts = Facts(
+        "DiffusionGemma",
+        compact="no: encoder and decoder share projections",
+        channels="no: they run beside experts",
+        export="no",
+    )
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:

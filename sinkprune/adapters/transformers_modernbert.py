@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from sinkprune.adapters.base import register_adapter
+from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.transformers_attention import TransformersAdapter, is_transformers_model
 
 
@@ -13,6 +13,7 @@ class TransformersModernBert(TransformersAdapter):
     """``layers.{i}.attn.{Wqkv,Wo}`` and ``layers.{i}.mlp.{Wi,Wo}``, whose ``Wi`` is gate and up in one."""
 
     family = "transformers encoder (ModernBERT)"
+    facts = Facts("ModernBERT", export="channels alone: num_attention_heads fixes the width of a head")
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
