@@ -83,6 +83,8 @@ def _sampler(adapter: type[Adapter]) -> str:
     assert adapter.facts is not None
     if adapter.facts.mask.startswith("no"):
         return "no"
+    if adapter.facts.sampler:
+        return adapter.facts.sampler
     if adapter.sample is not Adapter.sample:
         return "the model's own, through `profile`"
     kind = "block diffusion" if adapter.block_size is not Adapter.block_size else "masked denoising"

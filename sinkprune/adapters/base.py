@@ -102,6 +102,7 @@ class Facts:
     compact: str = "yes"
     channels: str = "yes"
     export: str = "yes"
+    sampler: str = ""  # where it depends on the model
 
 
 LayerObserver = Callable[[int, AttentionCall], None]

@@ -29,7 +29,11 @@ class DDiTBlocks(LiveAdapter):
     """``model.backbone.blocks``, and logits of ``model(input_ids, timesteps)`` about each row's own token."""
 
     family = "ddit"
-    facts = Facts("MDLM, BD3LM (block diffusion)", mask="yes, unless it runs FlexAttention")
+    facts = Facts(
+        "MDLM, BD3LM",
+        mask="yes, unless it runs FlexAttention",
+        sampler="masked denoising (MDLM), block diffusion (BD3LM)",
+    )
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
