@@ -137,7 +137,7 @@ def model_groups(case: Case, device: str) -> Iterator[tuple[str, list[Variant]]]
     hidden = torch.randn(batch, length, geometry.hidden, device=device, dtype=case.dtype)
     ids = torch.randint(2, geometry.vocabulary, (batch, length), device=device)
     cos, sin = model.rotary(length, torch.device(device))
-    mid = geometry.num_layers // 2
+    mid, fused = geometry.num_layers // 2, model
     for targets in (("heads",), ("heads", "mlp")):
         groups: dict[str, list[Variant]] = {"layer": [], "block": [], "step": []}
         for name, removed, compact, plan in pruned_models(model, targets):
@@ -150,6 +150,7 @@ def model_groups(case: Case, device: str) -> Iterator[tuple[str, list[Variant]]]
             groups["layer"].append(Variant(name, removed, _layer(block.attention, hidden, cos, sin), layer))
             groups["block"].append(Variant(name, removed, _layer(block, hidden, cos, sin), layer + feed))
             groups["step"].append(Variant(name, removed, _step(compact, ids), step))
+            fused = compact if removed == 0 else fused
             if device == "cuda":
                 replayed = _graph(compact, ids)
                 groups["step"].append(Variant(f"{name}, graph", removed, replayed, step, compiled=True))
@@ -158,10 +159,21 @@ def model_groups(case: Case, device: str) -> Iterator[tuple[str, list[Variant]]]
             groups["step"].append(Variant("as users run it", 0.0, _user_step(model, ids), full))
         if targets == ("heads", "mlp"):
             del groups["layer"]
+            yield "step (head rows)", head_variants(fused, case, geometry, ids)
         for bench, variants in groups.items():
             yield f"{bench} ({'+'.join(targets)})", variants
     if case.steps:
         yield "generation", generation_variants(model, case)
+
+
+def head_variants(model: LLaDA, case: Case, geometry: Geometry, ids: Tensor) -> list[Variant]:
+    """The dense step with the LM head on all rows, and on those that a sampler may still fill."""
+    variants = []
+    for rows in (case.length, case.length // 2, case.length // 8):
+        work = step_operations(geometry, None, case.batch, case.length, rows)
+        chosen = slice(case.length - rows, case.length)
+        variants.append(Variant(f"{rows} rows", 0.0, lambda rows=chosen: model(ids, rows=rows), work))
+    return variants
 
 
 def _layer(module: nn.Module | None, hidden: Tensor, cos: Tensor, sin: Tensor) -> Callable[[], object]:

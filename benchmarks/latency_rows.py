@@ -67,8 +67,8 @@ def time_group(bench: str, variants: list[Variant], case: Case, device: str, roo
     for variant in variants:
         timing, ratio = timings[variant.name], ratios[variant.name]
         ceiling = flops(first) / flops(variant) if flops(variant) else None
-        possible = dense - dense / ceiling if ceiling else 0.0
-        share = (dense - dense / ratio) / possible if variant.removed and possible else None
+        saves = ceiling is not None and ceiling > 1
+        share = (1 - 1 / ratio) / (1 - 1 / ceiling) if ceiling and saves else None
         rows.append(
             Row(
                 bench, variant.name, case.shape, str(dtype).removeprefix("torch."), case.batch, case.length,

@@ -70,6 +70,9 @@ def test_every_level_is_timed_and_written(latency, monkeypatch, tmp_path, capsys
     assert step["ceiling"] == pytest.approx(sp.ceiling(model, plan, batch=2, length=16))
     assert step["ceiling_roofs"] == pytest.approx(sp.ceiling(model, plan, 2, 16, ROOFS))
     assert capsys.readouterr().err.count("without heads a step is at most 25 %: ") == 1
+    few = next(r for r in rows if r["bench"] == "step (head rows)" and r["variant"] == "2 rows")
+    dense, head = sp.costs.step_flops(plan.geometry, None, 2, 16), 2 * 2 * 32 * 50
+    assert few["ceiling"] == pytest.approx(dense / (dense - 14 * head)) and few["saved_share"] is not None
     saved = 1 - 1 / step["speedup"]
     assert step["saved_share"] == pytest.approx(saved / (1 - 1 / step["ceiling"]), rel=1e-6)
     capsys.readouterr()
