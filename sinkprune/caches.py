@@ -14,12 +14,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sinkprune.modules import KeyValueCache
+from sinkprune.modules import KeyValueCache, Rotary
 
 CACHES: dict[str, type[Cache]] = {}  # by the name that ``denoise`` knows them by
 
@@ -62,6 +62,20 @@ class Cache(ABC):
         """What takes this forward's keys and values ``[B, Hkv, Lq, D]`` of a layer and returns all of them,
         ``[B, Hkv, Lk, D]``. Raises ``ValueError`` where they do not fit those held."""
         return partial(self._update, index)
+
+    def run(
+        self,
+        index: int,
+        layer: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_padding_mask: Tensor | None,
+        cached_rotary: Rotary,
+    ) -> Tensor:
+        """A layer of a model whose keys are held before RoPE: hidden states ``[B, Lq, hidden]`` to the
+        same."""
+        return layer(x, cos, sin, key_padding_mask, self.layer(index), cached_rotary)
 
     @property
     def bytes(self) -> int:

@@ -229,6 +229,12 @@ class SinkPrunedAttention(nn.Module):
             k = apply_rotary(k, cos, sin) if rotate_keys else k
         return q, k, v
 
+    def values(self, x: Tensor) -> Tensor:
+        """The kept value heads side by side, ``[B, L, m * head_dim]``, without the queries and keys."""
+        first = (self.num_heads + self.num_kv_heads) * self.head_dim
+        bias = self.qkv_proj.bias
+        return F.linear(x, self.qkv_proj.weight[first:], None if bias is None else bias[first:])
+
 
 class CompactMLP(nn.Module):
     """SwiGLU over the kept channels: gate and up fused ``[2 c, hidden]``, down ``[hidden, c]``."""

@@ -34,7 +34,7 @@ class NativeDream(Adapter):
     facts = Facts(
         "Dream-7B, DiffuCoder", export="channels alone: num_attention_heads fixes the width of a head"
     )
-    caches = ("prefix", "dual")
+    caches = ("prefix", "dual", "dllm")
     shift = 1
     model: Dream
 

@@ -35,7 +35,7 @@ class NativeLLaDA(Adapter):
         compact="yes, unless its qk-norm runs over the full width",
         export="channels alone: n_heads fixes the width of a head",
     )
-    caches = ("prefix", "dual")
+    caches = ("prefix", "dual", "dllm")
     model: LLaDA
 
     @classmethod

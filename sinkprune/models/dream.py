@@ -9,6 +9,7 @@ Source: "Dream 7B" (arXiv 2508.15487) and the configuration files of Dream-7B an
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from sinkprune import ops
 from sinkprune.caches import Cache, key_positions
+from sinkprune.features import LayerParts
 from sinkprune.models.llada import DLMOutput, RMSNorm
 from sinkprune.modules import AttentionCall, AttentionObserver, KeyValueCache, Rotary
 from sinkprune.rotary import apply_rotary, rotary_table
@@ -177,6 +179,18 @@ class DreamLayer(nn.Module):
         )
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def parts(self) -> LayerParts:
+        """What a cache runs by itself."""
+        attention = self.self_attn
+        values = attention.v_proj if isinstance(attention, DreamAttention) else attention.values
+        return LayerParts(
+            self.input_layernorm,
+            attention,
+            cast(Callable[[Tensor], Tensor], values),
+            self.post_attention_layernorm,
+            self.mlp,
+        )
+
 
 class Dream(nn.Module):
     """The model: ``forward(input_ids, attention_mask=None, position_ids=None, rows=…, *, cache=None)``.
@@ -251,8 +265,10 @@ class Dream(nn.Module):
         cached_rotary = None if keys is None else self.rotary(keys.shape[-1], keys, keys.device)
         x = self.model["embed_tokens"](input_ids)
         for index, layer in enumerate(self.layers):
-            kept = None if cache is None else cache.layer(index)
-            x = layer(x, cos, sin, key_padding_mask, kept, cached_rotary)
+            if cache is None or cached_rotary is None:
+                x = layer(x, cos, sin, key_padding_mask)
+            else:
+                x = cache.run(index, layer, x, cos, sin, key_padding_mask, cached_rotary)
         return self.model["norm"](x)
 
     def head(self, hidden: Tensor) -> Tensor:

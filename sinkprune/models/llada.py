@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from sinkprune import ops
 from sinkprune.caches import Cache, key_positions
-from sinkprune.modules import AttentionCall, AttentionObserver, KeyValueCache, Rotary
+from sinkprune.features import LayerParts
+from sinkprune.modules import AttentionCall, AttentionObserver, KeyValueCache, Rotary, SinkPrunedAttention
 from sinkprune.rotary import apply_rotary, rotary_table
 
 MODEL_TYPE = "llada"
@@ -166,6 +167,17 @@ class LLaDABlock(nn.Module):
         feed = self._feed if self.mlp is None else self.mlp
         return x + feed(self.ff_norm(x))
 
+    def parts(self) -> LayerParts:
+        """What a cache runs by itself."""
+        compact = self.attention
+        return LayerParts(
+            self.attn_norm,
+            self._attend if compact is None else compact,
+            self.v_proj if compact is None else cast(SinkPrunedAttention, compact).values,
+            self.ff_norm,
+            self._feed if self.mlp is None else self.mlp,
+        )
+
     def _attend(
         self,
         x: Tensor,
@@ -279,8 +291,10 @@ class LLaDA(nn.Module):
         cached_rotary = None if keys is None else self.rotary(keys.shape[-1], keys.device, keys)
         x = self._transformer["wte"](input_ids)
         for index, block in enumerate(self.blocks):
-            kept = None if cache is None else cache.layer(index)
-            x = block(x, cos, sin, key_padding_mask, kept, cached_rotary)
+            if cache is None or cached_rotary is None:
+                x = block(x, cos, sin, key_padding_mask)
+            else:
+                x = cache.run(index, block, x, cos, sin, key_padding_mask, cached_rotary)
         return self._transformer["ln_f"](x)
 
     def head(self, hidden: Tensor) -> Tensor:

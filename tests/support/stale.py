@@ -122,3 +122,68 @@ def stale_generate(model, prompt, *, steps, gen_length, block_length, cache, thr
             history.append(list(x))
             step += 1
     return history
+
+
+def lazy_generate(
+    model, prompt, *, steps, gen_length, block_length, intervals, ratio, kept=None, compared=None
+):
+    """dLLM-Cache, token by token: temperature 0, low confidence; the ids after every forward.
+
+    ``intervals``: of the prompt and of the response. ``compared``: for each layer the value heads whose
+    turning decides which tokens run (default: all).
+    """
+    toy = Stale(model, kept)
+    x, history, step, size = prompt + [toy.mask_id] * gen_length, [], 0, len(prompt)
+    everything, response = list(range(len(x))), list(range(size, len(x)))
+    per_block = steps // (gen_length // block_length)
+    attended, fed = [None] * toy.layers, [None] * toy.layers
+
+    def forward():
+        h = toy.w[toy.names["embed"] + ".weight"][torch.tensor(x)]
+        for i in range(toy.layers):
+            name = {role: toy.names["layer"].format(i) + part for role, part in toy.names.items()}
+            y = toy.norm(h, name["before"])
+            new_v = toy.linear(y, name["v"])
+            rows = everything[:size] if i == 0 or step % intervals[0] == 0 else []
+            if i == 0 or step % intervals[1] == 0:
+                rows = rows + response
+            elif int(ratio * gen_length):
+                width = new_v.shape[1] // toy.kv_heads
+                heads = range(toy.kv_heads) if compared is None else compared[i]
+                columns = [c for head in heads for c in range(head * width, (head + 1) * width)]
+                turned = []
+                for row in response:
+                    a, b = new_v[row][columns], toy.V[i][row][columns]
+                    turned.append(((a @ b / (a.norm() * b.norm())).item(), row))
+                    toy.V[i][row] = new_v[row]
+                rows = rows + [row for _, row in sorted(turned)[: int(ratio * gen_length)]]
+            if step == 0:
+                toy.K[i], toy.V[i] = torch.zeros_like(new_v), torch.zeros_like(new_v)
+                attended[i], fed[i] = torch.zeros_like(h), torch.zeros_like(h)
+            if rows:
+                at = torch.tensor(rows)
+                toy.K[i][at], toy.V[i][at] = toy.linear(y[at], name["k"]), new_v[at]
+                out = toy.attend(i, toy.linear(y[at], name["q"]), at)
+                attended[i][at] = toy.linear(out, name["o"])
+            h = h + attended[i]
+            if rows:
+                z = toy.norm(h[at], name["between"])
+                gate = toy.linear(z, name["gate"])
+                fed[i][at] = toy.linear(gate * gate.sigmoid() * toy.linear(z, name["up"]), name["down"])
+            h = h + fed[i]
+        return toy.linear(toy.norm(h, toy.names["norm"]), toy.names["head"])
+
+    for start in range(size, len(x), block_length):
+        for turn in range(per_block):
+            logits = forward()
+            logits[:, toy.mask_id] = -math.inf
+            sure = []
+            for position in range(start, start + block_length):
+                if x[position] == toy.mask_id:
+                    probability, token = logits[position - toy.shift].softmax(0).max(0)
+                    sure.append((-probability.item(), position, token.item()))
+            for _, position, token in sorted(sure)[: math.ceil(len(sure) / (per_block - turn))]:
+                x[position] = token
+            history.append(list(x))
+            step += 1
+    return history
