@@ -34,6 +34,11 @@ the time that the ceiling would save: above 1 it is noise, or work that FLOPs le
 dense side of a group is our own path with nothing removed (`sp.fuse`); "as users run it" is the unfused model
 under the public sampler's step (LM head and float64 probabilities at every position).
 """
+NO_GPU = """## Not measured
+
+No GPU was at hand: every figure for A100 or H100 is unmeasured, and none is claimed. On one,
+`python benchmarks/latency.py --device cuda --out benchmarks/results/<device>` and this script fill the page.
+"""
 UNMEASURED = "not measured"
 
 
@@ -274,11 +279,7 @@ def main() -> None:
     documents = [document for _, document in found]
     parts = [HEADER, targets(documents), *(section(*run) for run in found), computed()]
     if not any("--device cuda" in document["command"] for document in documents):
-        parts.append(
-            "## Not measured\n\nNo GPU was at hand: every figure for A100 or H100 is unmeasured, and none "
-            "is claimed. On one,\n`python benchmarks/latency.py --device cuda --out benchmarks/results/<device>`"
-            " and this script fill the page.\n"
-        )
+        parts.append(NO_GPU)
     write_whole(ROOT / "docs" / "performance.md", "\n".join(parts))
     readme = ROOT / "README.md"
     write_whole(readme, between(readme.read_text("utf-8"), readme_table(found)))
