@@ -77,7 +77,7 @@ def prune_sparsegpt(weight: Tensor, inverse_factor: Tensor, target: Target) -> T
                 removed[:, part] = _lowest_of_groups(block[:, part].square() / importance[part], target)
             errors[:, i] = block[:, i].masked_fill(~removed[:, i], 0) / factor[i, i]
             block[:, i].masked_fill_(removed[:, i], 0)
-            block[:, i + 1 :] -= errors[:, i : i + 1] * factor[i, i + 1 :]
+            block[:, i + 1 :].addr_(errors[:, i], factor[i, i + 1 :], alpha=-1)
         weight[:, last:] -= errors @ inverse_factor[first:last, last:]
     return weight
 
