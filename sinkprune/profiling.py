@@ -406,7 +406,8 @@ def profile(
         for first in range(0, len(ids), batch):
             rows, mask = ids[first : first + batch].to(device), valid[first : first + batch].to(device)
             narrow = int(mask.any(0).float().argmax())  # padding that this part of the batch does not need
-            with track(model, samples=len(rows), gate=gate, trace=True, max_steps=steps) as tracker:
+            room = steps + gen_length  # a threshold, or a prompt within a block, takes other than `steps`
+            with track(model, samples=len(rows), gate=gate, trace=True, max_steps=room) as tracker:
                 rows, mask = rows[:, narrow:], mask[:, narrow:]
                 stream = adapter.sample(rows, mask, steps, gen_length, options)
                 if stream is None:
@@ -416,7 +417,8 @@ def profile(
             parts.append(tracker.result())
             padding.append((mask.cumsum(1) == 0).sum(1))
     used = gate or SinkGate()
-    settings = {"steps": steps, "gen_length": gen_length, "prompts": len(ids), **options}
+    said = {name: getattr(value, "name", value) for name, value in options.items() if name != "callback"}
+    settings = {"steps": steps, "gen_length": gen_length, "prompts": len(ids), **said}
     settings["gate"] = {"fair_share": used.fair_share, "sigma": used.sigma}
     first_part = parts[0]
     assert first_part.trace_positions is not None and first_part.trace_mass is not None

@@ -8,6 +8,7 @@ from dreams import toy_dream
 from toys import MASK, WordTokenizer, one_thread, tokens, toy  # noqa: F401
 
 import sinkprune as sp
+from sinkprune.caches import PrefixCache
 from sinkprune.samplers import make_sampler
 
 DREAM_RULES = ["maskgit_plus", "topk_margin", "entropy"]
@@ -198,3 +199,14 @@ def test_bad_options_are_refused_before_the_first_forward(dream, monkeypatch, op
     monkeypatch.setattr(type(dream), "forward", lambda *a, **k: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match=message):
         next(sp.denoise(dream, tokens(1, 4), **({"steps": 4, "gen_length": 8} | options)))
+
+
+def test_a_profile_under_a_threshold_traces_every_forward_and_can_be_saved(confident, tmp_path):
+    seen, options = [], {"gen_length": 12, "threshold": 0.9, "cache": PrefixCache()}
+    profile = sp.profile(confident, tokens(2, 5), steps=2, callback=seen.append, **options)
+    assert profile.steps == seen[-1].forwards > 2
+    assert profile.trace_positions.min() >= 0
+    profile.save(tmp_path / "profile")
+    settings = sp.SinkProfile.load(tmp_path / "profile").settings
+    assert (settings["threshold"], settings["cache"]) == (0.9, "prefix")
+    assert "callback" not in settings
