@@ -1,8 +1,10 @@
 """lm-eval's three questions against exact enumeration, and a local task from end to end, offline."""
 
+import importlib
 import itertools
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -161,3 +163,10 @@ def test_bad_arguments_are_refused(model):
         LMEvalModel(model, WordTokenizer(), draws=0)
     with pytest.raises(ValueError, match="leaves no room"):
         LMEvalModel(model, WordTokenizer(), gen_length=64).generate_until(ask("generate_until", ("w1", {})))
+
+
+def test_without_lm_eval_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.delitem(sys.modules, "sinkprune.lm_eval_model")
+    with pytest.raises(ImportError, match="pip install lm-eval"):
+        importlib.import_module("sinkprune.lm_eval_model")
