@@ -18,6 +18,8 @@ _HOMES = {
     "adapter_for": "adapters",
     "apply": "repacking",
     "bootstrap_difference": "intervals",
+    "calibrate": "calibration",
+    "Calibration": "calibration",
     "ceiling": "costs",
     "CompactMLP": "modules",
     "computed_table": "latency_table",
@@ -53,6 +55,8 @@ __all__ = ["__version__", "ops", *sorted(_HOMES)]
 if TYPE_CHECKING:
     from sinkprune import ops as ops
     from sinkprune.adapters import adapter_for as adapter_for
+    from sinkprune.calibration import Calibration as Calibration
+    from sinkprune.calibration import calibrate as calibrate
     from sinkprune.checkpoint import load as load
     from sinkprune.checkpoint import save as save
     from sinkprune.costs import ceiling as ceiling

@@ -3,7 +3,8 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -153,20 +154,46 @@ class BlockStream:
         for part in calibration.batches(batch):
             self._batches.append(self._record(part))
 
-    def advance(self, layer: int, *, keep: bool = True) -> None:
-        """Run block ``layer``; ``keep=False`` leaves the hidden states as they are (to gather statistics)."""
-        with torch.no_grad():
+    @torch.no_grad()
+    def advance(self, layer: int) -> None:
+        """Run block ``layer``: its outputs are the hidden states from now on."""
+        for batch in self._batches:
+            out = self._run(layer, batch)
+            batch.hidden = out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def visit(self, layer: int, until: nn.Module, look: Callable[[Tensor], None]) -> None:
+        """Show ``look`` what reaches the module ``until`` of block ``layer``, batch by batch, and stop there.
+
+        The hidden states stay as they are.
+        """
+
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            look(args[0])
+            raise _Reached
+
+        hook = until.register_forward_pre_hook(stop)
+        try:
             for batch in self._batches:
-                args, keywords = batch.arguments[layer]
-                with self._adapter.hiding(batch.valid):
-                    out = self._blocks[layer](batch.hidden, *args, **keywords)
-                if keep:
-                    batch.hidden = out[0] if isinstance(out, tuple) else out
+                with suppress(_Reached):
+                    self._run(layer, batch)
+        finally:
+            hook.remove()
+
+    def _run(self, layer: int, batch: _Batch) -> Any:
+        args, keywords = batch.arguments[layer]
+        with self._adapter.hiding(batch.valid):
+            return self._blocks[layer](batch.hidden, *args, **keywords)
 
     @property
     def hidden(self) -> list[Tensor]:
         """The hidden states before the next block, ``[rows, L, hidden]`` per batch."""
         return [batch.hidden for batch in self._batches]
+
+    @property
+    def valid(self) -> list[Tensor | None]:
+        """The valid tokens, bool ``[rows, L]`` per batch; None where nothing is padded."""
+        return [batch.valid for batch in self._batches]
 
     def _record(self, part: Calibration) -> _Batch:
         """One forward, to see what every block is called with."""
@@ -190,6 +217,10 @@ class BlockStream:
             for hook in hooks:
                 hook.remove()
         return _Batch(first[0], valid, arguments)
+
+
+class _Reached(Exception):
+    """Nothing after this module is wanted."""
 
 
 @dataclass

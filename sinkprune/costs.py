@@ -20,6 +20,12 @@ def block_parameters(geometry: Geometry, heads: int, kv_heads: int, channels: in
     return geometry.hidden * (2 * geometry.head_dim * (heads + kv_heads) + geometry.mlp_matrices * channels)
 
 
+def layer_work(geometry: Geometry, heads: int, kv_heads: int, channels: int, length: int = 0) -> int:
+    """Multiply-adds of a block per token of a forward over ``length`` tokens; at length 0 its parameters."""
+    core = 2 * length * geometry.head_dim * heads
+    return block_parameters(geometry, heads, kv_heads, channels) + core
+
+
 def layer_sizes(geometry: Geometry, layer: int, kept: LayerPlan | None) -> tuple[int, int, int]:
     """``(query heads, key/value heads, channels)`` of a layer, dense (``kept=None``) or under a plan."""
     if kept is None:

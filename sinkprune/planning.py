@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -14,15 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, Geometry, adapter_for
+from sinkprune.allocation import (
+    ALLOCATIONS,
+    Rules,
+    best_channels,
+    head_units,
+    most_heads,
+    remove_heads,
+    share_budget,
+)
 from sinkprune.costs import model_block_parameters
-from sinkprune.criteria import HeadCriterion, criterion_for
-from sinkprune.criteria.magnitude import channel_magnitude
+from sinkprune.criteria import Evidence, HeadCriterion, criterion_for
+from sinkprune.criteria.channels import NEED_CALIBRATION, channel_scores, check_channel_rule
 
 if TYPE_CHECKING:
+    from sinkprune.calibration import Calibration
     from sinkprune.profiling import SinkProfile
 
 SCHEMA = 1
 TARGETS = ("heads", "mlp")
+UNITS = ("heads", "parameters", "flops")
 
 
 @dataclass
@@ -126,32 +136,47 @@ def plan(
     ratio: float = 0.38,
     unit: str = "heads",
     *,
+    calibration: Calibration | None = None,
     targets: Iterable[str] = ("heads",),
+    channel_rule: str = "magnitude",
+    length: int = 1024,
     allocation: str = "global",
-    whole_groups: bool = False,
     min_heads: int = 1,
+    max_layer_share: float = 1.0,
+    round_heads: int = 1,
+    round_channels: int = 1,
+    whole_groups: bool = False,
+    whole_layers: bool = False,
     seed: int = 0,
 ) -> PrunePlan:
     """Decide what to remove from ``model``.
 
     Args:
         model: a dense model of a known family.
-        profile: statistics of this model, for criteria that need them.
-        criterion: a registered name, or a criterion with its settings.
+        profile: sink statistics of this model, for criteria that need them.
+        criterion: a registered name (settings may follow: ``"sink_variance:gated=true"``), or a criterion.
         ratio: share to remove, in [0, 1).
-        unit: what ``ratio`` is a share of: ``"heads"`` (query heads) or ``"parameters"`` (block parameters).
-        targets: with ``unit="parameters"``: ``"heads"``, ``"mlp"`` or both, each giving the same share of its
-            own.
+        unit: what ``ratio`` is a share of: ``"heads"`` (query heads), ``"parameters"`` (of the blocks) or
+            ``"flops"`` (of the blocks, at ``length`` tokens).
+        calibration: rows of ``sp.calibrate``, for criteria and channel rules that need them.
+        targets: with a unit other than heads: ``"heads"``, ``"mlp"`` or both, each giving the same share of
+            its own.
+        channel_rule: which MLP channels go first: ``"magnitude"``, ``"wanda"``, ``"sink_wanda"`` or
+            ``"flap"``.
+        length: tokens of a forward, for ``unit="flops"``.
         allocation: ``"global"`` ranks all layers' heads together, ``"uniform"`` takes the same share of each
-            layer.
-        whole_groups: remove query heads only together with the key/value head they share.
+            layer. Channels go uniformly.
         min_heads: fewest query heads (or groups, with ``whole_groups``) a layer keeps; 0 allows to empty
             layers.
+        max_layer_share: most of a layer's heads, and of its channels, that may go, in (0, 1].
+        round_heads, round_channels: a layer that loses any keeps a multiple of these.
+        whole_groups: remove query heads only together with the key/value head they share.
+        whole_layers: remove only whole layers' attention (with a rule for layers), whatever ``min_heads``.
         seed: for criteria that draw.
 
     Raises:
-        ValueError: an argument out of range, a ratio out of reach (the message says the maximum), or a
-            profile of another model.
+        ValueError: an argument out of range, a ratio out of reach (the message says the maximum), a profile
+            of another model, or evidence that a rule needs and that was not given.
     """
     adapter = adapter_for(model)
     geometry = adapter.geometry()
@@ -159,159 +184,92 @@ def plan(
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     if not isinstance(ratio, (int, float)):
         raise TypeError(f"ratio must be a number, got {ratio!r}")
-    _check_arguments(adapter, rule, profile, ratio, unit, targets, allocation, min_heads)
+    rules = Rules(
+        allocation, min_heads, max_layer_share, round_heads, round_channels, whole_groups, whole_layers
+    )
+    evidence = Evidence(profile, calibration, seed)
+    _check_arguments(adapter, rule, evidence, ratio, unit, targets, channel_rule, length, rules)
 
-    scores = rule.score(adapter, profile, seed)
-    if not all(torch.isfinite(scores[i, :n]).all() for i, n in enumerate(geometry.heads)):
-        raise ValueError(f"criterion {rule.name!r} gave scores that are not finite")
-    units = _head_units(geometry, scores, whole_groups)
-
+    units = head_units(geometry, scores_of(rule, adapter, evidence), rules)
+    counts = None
     if unit == "heads":
-        budget = round(ratio * sum(geometry.heads))
-        reachable = sum(sum(len(u.heads) for u in layer[: max(0, len(layer) - min_heads)]) for layer in units)
+        budget, reachable = round(ratio * sum(geometry.heads)), most_heads(units)
         if budget > reachable:
             raise ValueError(
                 f"ratio {ratio} is out of reach: at most {reachable / sum(geometry.heads):.3f} of the heads "
                 f"can go while every layer keeps {min_heads}"
             )
-        kept = _remove_heads(geometry, units, budget, allocation, min_heads, by_parameters=False)
-        channels: list[list[int] | None] = [None] * geometry.num_layers
+        kept = remove_heads(geometry, units, budget, allocation, None)
     else:
-        kept, channels = _remove_parameters(adapter, units, ratio, targets, allocation, min_heads)
+        work_at = length if unit == "flops" else 0
+        kept, counts = share_budget(geometry, units, ratio, targets, rules, work_at)
+    channels: list[list[int] | None] = [None] * geometry.num_layers
+    if counts is not None:
+        layers = range(geometry.num_layers)
+        scores = [channel_scores(channel_rule, adapter, evidence, layer) for layer in layers]
+        channels = [*best_channels(scores, counts)]
 
     return PrunePlan(
         geometry=geometry,
         fingerprint=adapter.fingerprint(),
-        layers=[LayerPlan(heads, chosen) for heads, chosen in zip(kept, channels, strict=True)],
+        layers=[LayerPlan(heads, ids) for heads, ids in zip(kept, channels, strict=True)],
         criterion=rule.name,
         ratio=ratio,
         unit=unit,
         targets=targets,
         allocation=allocation,
         seed=seed,
-        details={"settings": vars(rule), "whole_groups": whole_groups, "min_heads": min_heads},
+        details={"settings": vars(rule), **asdict(rules), "channel_rule": channel_rule, "length": length},
     )
 
 
-@dataclass
-class _Unit:
-    """Query heads of one layer that go together, and the score that orders them."""
-
-    score: float
-    layer: int
-    heads: list[int]
+def scores_of(rule: HeadCriterion, adapter: Adapter, evidence: Evidence) -> Tensor:
+    """The criterion's scores ``[layers, most heads]``. Raises ``ValueError`` where they are not finite."""
+    scores = rule.score(adapter, evidence)
+    if not all(torch.isfinite(scores[i, :n]).all() for i, n in enumerate(adapter.geometry().heads)):
+        raise ValueError(f"criterion {rule.name!r} gave scores that are not finite")
+    return scores
 
 
 def _check_arguments(
     adapter: Adapter,
     rule: HeadCriterion,
-    profile: SinkProfile | None,
+    evidence: Evidence,
     ratio: float,
     unit: str,
     targets: tuple[str, ...],
-    allocation: str,
-    min_heads: int,
+    channel_rule: str,
+    length: int,
+    rules: Rules,
 ) -> None:
     if adapter.form != "dense":
         raise ValueError(f"the model is already pruned ({adapter.form} form); plan on the dense model")
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio must lie in [0, 1), got {ratio}")
-    if unit not in ("heads", "parameters"):
-        raise ValueError(f"unit must be 'heads' or 'parameters', got {unit!r}")
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
     if not targets or set(targets) - set(TARGETS):
         raise ValueError(f"targets must be chosen from {TARGETS}, got {targets}")
     if unit == "heads" and targets != ("heads",):
         raise ValueError(f"unit='heads' removes heads only, got targets={targets}; use unit='parameters'")
-    if allocation not in ("global", "uniform"):
-        raise ValueError(f"allocation must be 'global' or 'uniform', got {allocation!r}")
-    if min_heads < 0:
-        raise ValueError(f"min_heads must be at least 0, got {min_heads}")
-    if rule.needs_profile and profile is None:
-        raise ValueError(f"criterion {rule.name!r} needs a profile: pass sp.profile(model, prompts, ...)")
-    if profile is not None:
-        profile.check_model(adapter)
-
-
-def _head_units(geometry: Geometry, scores: Tensor, whole_groups: bool) -> list[list[_Unit]]:
-    """Per layer, its removable units from lowest score to highest; ties go to the lower head id."""
-    layers = []
-    for layer, heads in enumerate(geometry.heads):
-        size = heads // geometry.kv_heads[layer] if whole_groups else 1
-        groups = [list(range(first, first + size)) for first in range(0, heads, size)]
-        units = [_Unit(scores[layer, group].mean().item(), layer, group) for group in groups]
-        layers.append(sorted(units, key=lambda u: (u.score, u.heads)))
-    return layers
-
-
-def _remove_heads(
-    geometry: Geometry,
-    units: list[list[_Unit]],
-    budget: float,
-    allocation: str,
-    min_heads: int,
-    *,
-    by_parameters: bool,
-) -> list[list[int]]:
-    """Remove lowest scores first until ``budget`` (heads, or block parameters) is met to the nearest unit."""
-    if allocation == "global":
-        order = sorted((u for layer in units for u in layer), key=lambda u: (u.score, u.layer, u.heads))
-    else:  # the k-th weakest unit of every layer before the (k+1)-th of any
-        order = [layer[k] for k in range(max(map(len, units))) for layer in units if k < len(layer)]
-    kept = [set(range(heads)) for heads in geometry.heads]
-    left = [len(layer) for layer in units]
-    spent = 0.0
-    for unit in order:
-        if left[unit.layer] <= min_heads:
-            continue
-        cost = _parameters_of(geometry, kept[unit.layer], unit) if by_parameters else len(unit.heads)
-        if spent + cost / 2 > budget:
-            break
-        kept[unit.layer] -= set(unit.heads)
-        left[unit.layer] -= 1
-        spent += cost
-    return [sorted(heads) for heads in kept]
-
-
-def _parameters_of(geometry: Geometry, kept: set[int], unit: _Unit) -> int:
-    """Parameters that go with ``unit``: its q and o, and the key/value heads that nobody else reads."""
-    before = geometry.kv_heads_used(unit.layer, sorted(kept))
-    after = geometry.kv_heads_used(unit.layer, sorted(kept - set(unit.heads)))
-    return 2 * geometry.hidden * geometry.head_dim * (len(unit.heads) + len(before) - len(after))
-
-
-def _remove_parameters(
-    adapter: Adapter,
-    units: list[list[_Unit]],
-    ratio: float,
-    targets: tuple[str, ...],
-    allocation: str,
-    min_heads: int,
-) -> tuple[list[list[int]], list[list[int] | None]]:
-    """Heads and channels whose removal takes ``ratio`` of the block parameters, each target giving the same
-    share."""
-    geometry = adapter.geometry()
-    total = model_block_parameters(geometry)
-    fewest = _remove_heads(geometry, units, float("inf"), allocation, min_heads, by_parameters=True)
-    every_head = [LayerPlan(heads) for heads in fewest]
-    head_pool = total - model_block_parameters(geometry, PrunePlan(geometry, "", every_head))
-    mlp_pool = geometry.mlp_matrices * geometry.hidden * sum(max(0, c - 1) for c in geometry.channels)
-    pools = {"heads": head_pool if "heads" in targets else 0, "mlp": mlp_pool if "mlp" in targets else 0}
-    reachable = sum(pools.values())
-    if ratio * total > reachable + 0.5:
+    if rules.allocation not in ALLOCATIONS:
+        raise ValueError(f"allocation must be one of {ALLOCATIONS}, got {rules.allocation!r}")
+    if rules.min_heads < 0:
+        raise ValueError(f"min_heads must be at least 0, got {rules.min_heads}")
+    if not 0 < rules.max_layer_share <= 1:
+        raise ValueError(f"max_layer_share must lie in (0, 1], got {rules.max_layer_share}")
+    if min(rules.round_heads, rules.round_channels, length) < 1:
         raise ValueError(
-            f"ratio {ratio} is out of reach: removing {' and '.join(targets)} takes at most"
-            f" {math.floor(1000 * reachable / total) / 1000:.3f} of the block parameters"
+            "round_heads, round_channels and length must be at least 1, got "
+            f"{rules.round_heads}, {rules.round_channels} and {length}"
         )
-    share = ratio * total / max(1, reachable)
-    kept = _remove_heads(geometry, units, share * pools["heads"], allocation, min_heads, by_parameters=True)
-    if not pools["mlp"]:
-        return kept, [None] * geometry.num_layers
-    # Heads come in lumps: the channels make up the difference, so that the total is what was asked for.
-    taken = total - model_block_parameters(geometry, PrunePlan(geometry, "", [LayerPlan(h) for h in kept]))
-    rest = (ratio * total - taken) / (geometry.mlp_matrices * geometry.hidden * sum(geometry.channels))
-    channels: list[list[int] | None] = []
-    for layer, width in enumerate(geometry.channels):
-        keep = min(width, max(1, width - round(rest * width)))
-        best = torch.topk(channel_magnitude(adapter.mlp_weights(layer)), keep).indices
-        channels.append(sorted(best.tolist()))
-    return kept, channels
+    check_channel_rule(channel_rule)
+    if rule.needs_profile and evidence.profile is None:
+        raise ValueError(f"criterion {rule.name!r} needs a profile: pass sp.profile(model, prompts, ...)")
+    if evidence.calibration is None:
+        if rule.needs_calibration:
+            raise ValueError(f"criterion {rule.name!r} needs calibration=sp.calibrate(model, text, ...)")
+        if "mlp" in targets and channel_rule in NEED_CALIBRATION:
+            raise ValueError(f"channel rule {channel_rule!r} needs calibration=sp.calibrate(model, ...)")
+    if evidence.profile is not None:
+        evidence.profile.check_model(adapter)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from sinkprune import native
 from sinkprune.adapters import Adapter, AttentionWeights, Geometry, MLPWeights, adapter_for
+from sinkprune.calibration import Calibration
 from sinkprune.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.planning import PrunePlan
+from sinkprune.repair import repaired
 
 
-def apply(model: nn.Module, plan: PrunePlan, mode: str = "compact", *, low_memory: bool = False) -> nn.Module:
+def apply(
+    model: nn.Module,
+    plan: PrunePlan,
+    mode: str = "compact",
+    *,
+    calibration: Calibration | None = None,
+    repair: str | None = "least_squares",
+    low_memory: bool = False,
+) -> nn.Module:
     """Prune ``model`` in place and return it.
 
     Args:
@@ -19,12 +31,16 @@ def apply(model: nn.Module, plan: PrunePlan, mode: str = "compact", *, low_memor
         plan: what to keep.
         mode: ``"compact"`` makes the matrices smaller; ``"mask"`` skips heads and channels with the weights
             as they are, and ``restore`` undoes it.
+        calibration: rows of ``sp.calibrate`` to repair the kept projections on; None leaves their weights as
+            they are.
+        repair: with ``calibration``: ``"least_squares"`` refits output and down projections to the dense
+            layers' outputs, ``"bias"`` only gives back the means of what was removed, None does nothing.
         low_memory: replace layer by layer, so that the peak is one layer's projections more than the model. A
             failure half-way then leaves the model part compact; without it, the model is as it was.
 
     Raises:
-        ValueError: a model that is pruned already, compiled, sharded, on ``meta`` or with layers that share
-            weights; a plan for another model; a layer that can't be compacted.
+        ValueError: a repair in mask form; a model that is pruned already, compiled, sharded, on ``meta`` or
+            with layers that share weights; a plan for another model; a layer that can't be compacted.
     """
     adapter = adapter_for(model)
     if not isinstance(plan, PrunePlan):
@@ -42,9 +58,17 @@ def apply(model: nn.Module, plan: PrunePlan, mode: str = "compact", *, low_memor
     kept = plan.layers
     adapter.check([layer.kept_heads for layer in kept], [layer.kept_channels for layer in kept], mode)
     if mode == "mask":
+        if calibration is not None and repair is not None:
+            raise ValueError("repair changes weights, which the mask form leaves as they are: repair=None")
         _mask(adapter, plan)
-    else:
+    elif calibration is None or repair is None:
         install_compact(model, plan, low_memory=low_memory)
+    else:
+        with repaired(adapter, plan, calibration, repair, keep_originals=not low_memory):
+            install_compact(model, plan, low_memory=low_memory)
+        rows, length = calibration.ids.shape
+        noted = {"repair": {"method": repair, "rows": rows, "length": length}}
+        plan = replace(plan, details=plan.details | noted)
     mark(model, plan, mode)
     return model
 

@@ -8,7 +8,14 @@ import torch
 from toys import MASK, one_thread, tokens, toy  # noqa: F401
 
 import sinkprune as sp
-from sinkprune.criteria import HeadCriterion, base, criterion_for, criterion_names, register_criterion
+from sinkprune.criteria import (
+    Evidence,
+    HeadCriterion,
+    base,
+    criterion_for,
+    criterion_names,
+    register_criterion,
+)
 from sinkprune.criteria.magnitude import Magnitude
 from sinkprune.criteria.random import Random
 from sinkprune.criteria.sink_variance import SinkVariance
@@ -44,7 +51,7 @@ def test_a_head_planted_to_wander_is_the_first_to_go(wandering_head):
     prompt = torch.cat((torch.ones(2, 1, dtype=torch.long), tokens(2, 4) % 50 + 5), 1)
     # one block per token: the masks disappear from left to right
     profile = sp.profile(model, prompt, steps=12, gen_length=12, block_length=1)
-    scores = SinkVariance().score(sp.adapter_for(model), profile, 0)[0]
+    scores = SinkVariance().score(sp.adapter_for(model), Evidence(profile))[0]
     assert scores.argmin() == wandering_head
     assert scores[wandering_head] < -1
     others = [head for head in range(4) if head != wandering_head]
@@ -63,7 +70,7 @@ def test_sink_variance_is_minus_the_mean_variance_over_samples_that_counted(gate
     variance = profile.statistics[prefix + "position_variance"].where(counted, 0).sum(1) / counted.sum(
         1
     ).clamp(1)
-    got = SinkVariance(gated=gated).score(sp.adapter_for(model), profile, 0)
+    got = SinkVariance(gated=gated).score(sp.adapter_for(model), Evidence(profile))
     torch.testing.assert_close(got, -variance)
     assert torch.isfinite(got).all()
     if gated:
@@ -73,7 +80,7 @@ def test_sink_variance_is_minus_the_mean_variance_over_samples_that_counted(gate
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 def test_magnitude_is_the_norm_of_a_heads_weights(kv_heads):
     model = toy(n_kv_heads=kv_heads)
-    got = Magnitude().score(sp.adapter_for(model), None, 0)
+    got = Magnitude().score(sp.adapter_for(model), Evidence())
     for layer, block in enumerate(model.blocks):
         for head in range(4):
             kv = head * kv_heads // 4
@@ -88,10 +95,10 @@ def test_magnitude_is_the_norm_of_a_heads_weights(kv_heads):
 def test_random_scores_depend_on_the_seed_alone():
     adapter = sp.adapter_for(toy())
     torch.manual_seed(0)
-    first = Random().score(adapter, None, 5)
+    first = Random().score(adapter, Evidence(seed=5))
     torch.manual_seed(1)
-    assert torch.equal(Random().score(adapter, None, 5), first)
-    assert not torch.equal(Random().score(adapter, None, 6), first)
+    assert torch.equal(Random().score(adapter, Evidence(seed=5)), first)
+    assert not torch.equal(Random().score(adapter, Evidence(seed=6)), first)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +126,7 @@ def test_a_new_criterion_is_one_class_that_registers_itself(monkeypatch):
         name: ClassVar[str] = "last_heads"
         sign: float = 1.0
 
-        def score(self, adapter, profile, seed):
+        def score(self, adapter, evidence):
             return self.sign * torch.arange(12.0).view(3, 4)
 
     plan = sp.plan(toy(), criterion="last_heads", ratio=0.25)
@@ -135,7 +142,7 @@ def test_scores_that_are_not_finite_are_refused(value):
     class Broken(HeadCriterion):
         name = "broken"
 
-        def score(self, adapter, profile, seed):
+        def score(self, adapter, evidence):
             return torch.zeros(3, 4).index_fill(1, torch.tensor(2), value)
 
     with pytest.raises(ValueError, match="criterion 'broken' gave scores that are not finite"):

@@ -3,9 +3,15 @@
 import importlib
 import pkgutil
 
-from sinkprune.criteria.base import HeadCriterion, criterion_for, criterion_names, register_criterion
+from sinkprune.criteria.base import (
+    Evidence,
+    HeadCriterion,
+    criterion_for,
+    criterion_names,
+    register_criterion,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["HeadCriterion", "criterion_for", "criterion_names", "register_criterion"]
+__all__ = ["Evidence", "HeadCriterion", "criterion_for", "criterion_names", "register_criterion"]

@@ -4,15 +4,46 @@ itself."""
 from __future__ import annotations
 
 import difflib
+import json
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from sinkprune.adapters import Adapter
 
 if TYPE_CHECKING:
+    from sinkprune.activations import LayerActivations
+    from sinkprune.calibration import Calibration
     from sinkprune.profiling import SinkProfile
+
+
+@dataclass
+class Evidence:
+    """What a criterion may look at besides the weights.
+
+    Attributes:
+        profile: sink statistics of denoising trajectories, or None.
+        calibration: masked rows, or None.
+        seed: for criteria that draw.
+    """
+
+    profile: SinkProfile | None = None
+    calibration: Calibration | None = None
+    seed: int = 0
+    _activations: list[LayerActivations] | None = field(default=None, repr=False)
+
+    def activations(self, adapter: Adapter) -> list[LayerActivations]:
+        """What flows through the model on the calibration rows: one forward of each, however many ask."""
+        from sinkprune.activations import gather
+
+        if self.calibration is None:
+            raise ValueError("activations need calibration rows")
+        if self._activations is None:
+            self._activations = gather(adapter, self.calibration)
+        return self._activations
 
 
 class HeadCriterion(ABC):
@@ -20,14 +51,24 @@ class HeadCriterion(ABC):
 
     name: ClassVar[str]
     needs_profile: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
 
     @abstractmethod
-    def score(self, adapter: Adapter, profile: SinkProfile | None, seed: int) -> Tensor:
+    def score(self, adapter: Adapter, evidence: Evidence) -> Tensor:
         """Scores float32 ``[layers, most heads of a layer]``, higher = keep; entries past a layer's heads are
         ignored.
 
-        ``profile`` is there where ``needs_profile`` says so; ``seed`` is for criteria that draw.
+        ``evidence.profile`` and ``evidence.calibration`` are there where ``needs_profile`` and
+        ``needs_calibration`` say so.
         """
+
+
+def head_scores(adapter: Adapter, per_layer: list[Tensor]) -> Tensor:
+    """Each layer's scores ``[its heads]`` as one float32 tensor ``[layers, most heads]``."""
+    scores = torch.zeros(len(per_layer), max(adapter.geometry().heads))
+    for layer, values in enumerate(per_layer):
+        scores[layer, : len(values)] = values.detach().float().cpu()
+    return scores
 
 
 _CRITERIA: dict[str, type[HeadCriterion]] = {}
@@ -44,11 +85,28 @@ def criterion_names() -> list[str]:
 
 
 def criterion_for(name: str | HeadCriterion) -> HeadCriterion:
-    """The criterion called ``name`` with its defaults. Raises ``ValueError`` listing the known ones."""
+    """The criterion called ``name``; settings may follow as in ``"sink_variance:gated=true"``.
+
+    Raises ``ValueError`` listing the known criteria, or a criterion's settings.
+    """
     if isinstance(name, HeadCriterion):
         return name
+    name, _, settings = str(name).partition(":")
     if name not in _CRITERIA:
-        near = difflib.get_close_matches(str(name), _CRITERIA, n=1)
+        near = difflib.get_close_matches(name, _CRITERIA, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown criterion {name!r}; known: {', '.join(criterion_names())}{hint}")
-    return _CRITERIA[name]()
+    criterion = _CRITERIA[name]
+    known = {f.name for f in fields(criterion)}  # type: ignore[arg-type]
+    chosen = {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        if key not in known or not value:
+            raise ValueError(
+                f"criterion {name!r} takes {', '.join(sorted(known)) or 'no settings'}, got {setting!r}"
+            )
+        try:
+            chosen[key] = json.loads(value)
+        except json.JSONDecodeError:
+            chosen[key] = value
+    return criterion(**chosen)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sinkprune.adapters import Adapter, MLPWeights
-from sinkprune.criteria.base import HeadCriterion, register_criterion
-
-if TYPE_CHECKING:
-    from sinkprune.profiling import SinkProfile
+from sinkprune.adapters import Adapter
+from sinkprune.criteria.base import Evidence, HeadCriterion, head_scores, register_criterion
 
 
 @register_criterion
@@ -25,9 +22,9 @@ class Magnitude(HeadCriterion):
 
     name: ClassVar[str] = "magnitude"
 
-    def score(self, adapter: Adapter, profile: SinkProfile | None, seed: int) -> Tensor:
+    def score(self, adapter: Adapter, evidence: Evidence) -> Tensor:
         geometry = adapter.geometry()
-        scores = torch.zeros(geometry.num_layers, max(geometry.heads))
+        scores = []
         for layer in range(geometry.num_layers):
             weights = adapter.attention_weights(layer)
             shared = torch.tensor(geometry.kv_head_of(layer))
@@ -38,14 +35,8 @@ class Magnitude(HeadCriterion):
                 _squares(weights.k, width)[shared],
                 _squares(weights.v, width)[shared],
             ]
-            scores[layer, : geometry.heads[layer]] = torch.stack(per_head).sum(0).sqrt()
-        return scores
-
-
-def channel_magnitude(weights: MLPWeights) -> Tensor:
-    """Root of the summed squares of each MLP channel's gate, up and down weights: float32 ``[channels]``."""
-    parts = [weights.up, weights.down.T] + ([] if weights.gate is None else [weights.gate])
-    return torch.stack([part.detach().float().square().sum(1) for part in parts]).sum(0).sqrt().cpu()
+            scores.append(torch.stack(per_head).sum(0).sqrt())
+        return head_scores(adapter, scores)
 
 
 def _squares(weight: Tensor, head_dim: int) -> Tensor:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sinkprune.adapters import Adapter
-from sinkprune.criteria.base import HeadCriterion, register_criterion
-
-if TYPE_CHECKING:
-    from sinkprune.profiling import SinkProfile
+from sinkprune.criteria.base import Evidence, HeadCriterion, register_criterion
 
 
 @register_criterion
@@ -22,8 +19,8 @@ class Random(HeadCriterion):
 
     name: ClassVar[str] = "random"
 
-    def score(self, adapter: Adapter, profile: SinkProfile | None, seed: int) -> Tensor:
+    def score(self, adapter: Adapter, evidence: Evidence) -> Tensor:
         geometry = adapter.geometry()
         return torch.rand(
-            geometry.num_layers, max(geometry.heads), generator=torch.Generator().manual_seed(seed)
+            geometry.num_layers, max(geometry.heads), generator=torch.Generator().manual_seed(evidence.seed)
         )

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from sinkprune.adapters import Adapter
-from sinkprune.criteria.base import HeadCriterion, register_criterion
-
-if TYPE_CHECKING:
-    from sinkprune.profiling import SinkProfile
+from sinkprune.criteria.base import Evidence, HeadCriterion, register_criterion
 
 
 @register_criterion
@@ -27,6 +24,6 @@ class SinkVariance(HeadCriterion):
     needs_profile: ClassVar[bool] = True
     gated: bool = False
 
-    def score(self, adapter: Adapter, profile: SinkProfile | None, seed: int) -> Tensor:
-        assert profile is not None
-        return -profile.head_mean("gated_position_variance" if self.gated else "position_variance")
+    def score(self, adapter: Adapter, evidence: Evidence) -> Tensor:
+        assert evidence.profile is not None
+        return -evidence.profile.head_mean("gated_position_variance" if self.gated else "position_variance")
