@@ -82,8 +82,8 @@ def geometry_of(shape: str) -> Geometry:
 
 
 def needed_bytes(case: Case) -> int:
-    """Bytes of a case: the dense model, its fused and pruned copies side by side, and the public sampler's
-    float64 probabilities of every position."""
+    """Bytes of a case: the dense model, its fused and pruned copies side by side with a graph's buffers each,
+    and the public sampler's float64 probabilities of every position."""
     geometry = geometry_of(case.shape)
     size, rows = case.dtype.itemsize, case.batch * case.length
     blocks = sum(
@@ -93,7 +93,8 @@ def needed_bytes(case: Case) -> int:
     copies = size * blocks * sum(1 - removed for removed in (0.0, *REMOVED))
     needed = sp.memory(geometry, None, case.batch, case.length, case.dtype)
     public = rows * geometry.vocabulary * (size + 2 * 8)
-    return round(needed.weights + copies + max(needed.activations, public))
+    graphs = (1 + len(REMOVED)) * (needed.activations + needed.logits)
+    return round(needed.weights + copies + graphs + max(needed.activations, public))
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype) -> LLaDA:

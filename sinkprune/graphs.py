@@ -110,16 +110,16 @@ class StepGraph:
         masked: bool,
     ) -> _Recorded:
         batch = input_ids.shape[0]
-        ids = input_ids.new_zeros(batch, padded)
-        valid = torch.ones(batch, padded, dtype=torch.int64, device=ids.device) if masked else None
-        self._fill(ids, valid, input_ids, attention_mask)
-        try:
-            replay, logits = capture(lambda: self.adapter.predict(ids, valid, rows))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise RuntimeError(
-                f"this model's step can't be recorded, run without graphs: {reason}"
-            ) from error
+        with torch.inference_mode(False), torch.no_grad():  # buffers that any later call may write
+            ids = input_ids.new_zeros(batch, padded)
+            valid = torch.ones(batch, padded, dtype=torch.int64, device=ids.device) if masked else None
+            self._fill(ids, valid, input_ids, attention_mask)
+            try:
+                replay, logits = capture(lambda: self.adapter.predict(ids, valid, rows))
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                advice = "this model's step can't be recorded, run without graphs"
+                raise RuntimeError(f"{advice}: {reason}") from error
         return _Recorded(ids, valid, replay, logits)
 
     @staticmethod

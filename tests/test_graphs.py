@@ -66,6 +66,17 @@ def test_a_full_bucket_with_a_mask_forgets_what_an_earlier_call_hid():
     assert recorder.captures == 1
 
 
+def test_a_graph_recorded_in_inference_mode_serves_calls_outside_it():
+    model = toy()
+    graph, recorder = graph_of(model, bucket=8)
+    ids = tokens(1, 6)
+    with torch.inference_mode():
+        graph(ids.clone())
+    with torch.no_grad():
+        torch.testing.assert_close(graph(ids), predict(model, ids))
+    assert recorder.captures == 1
+
+
 @torch.no_grad()
 def test_the_graph_not_used_for_longest_goes_first():
     model = toy()
