@@ -23,6 +23,7 @@ import reactions
 import token_pruning
 import torch
 from resumable import Row, Rows
+from study_weights_report import section as section
 from torch import Tensor, nn
 
 import sinkprune as sp
