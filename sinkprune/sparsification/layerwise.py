@@ -119,7 +119,7 @@ def _prune_layer(
     kind: type[Statistic] = Hessian if hessian else SummedNorms if method == "sink_wanda" else Norms
     block = adapter.blocks()[layer]
     with gathering(block, dict(modules), kind, weights) as found:
-        stream.advance(layer, keep=False)
+        stream.visit(layer, list(modules.values())[-1], lambda x: None)  # the last module called
     unseen = sorted(set(modules) - set(found))
     if unseen:
         raise ValueError(f"layer {layer} never called its linear module {unseen[0]!r}")
