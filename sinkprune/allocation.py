@@ -125,7 +125,7 @@ def share_budget(
     )
     head_pool = _removed(geometry, remove_heads(geometry, units, math.inf, rules.allocation, length), length)
     channel_work = geometry.mlp_matrices * geometry.hidden
-    spare = sum(width - _fewest_channels(width, rules) for width in geometry.channels)
+    spare = sum(width - fewest_channels(width, rules) for width in geometry.channels)
     pools = {
         "heads": head_pool if "heads" in targets else 0,
         "mlp": channel_work * spare if "mlp" in targets else 0,
@@ -154,7 +154,8 @@ def best_channels(scores: list[Tensor], counts: list[int]) -> list[list[int]]:
     ]
 
 
-def _fewest_channels(width: int, rules: Rules) -> int:
+def fewest_channels(width: int, rules: Rules) -> int:
+    """Fewest channels that a layer of ``width`` keeps."""
     least = max(1, math.ceil(width * (1 - rules.max_layer_share) - 1e-9))
     return min(width, math.ceil(least / rules.round_channels) * rules.round_channels)
 
@@ -162,7 +163,7 @@ def _fewest_channels(width: int, rules: Rules) -> int:
 def _round_channels(wanted: int, width: int, rules: Rules) -> int:
     """The nearest count that the rules allow."""
     nearest = round(wanted / rules.round_channels) * rules.round_channels
-    return min(width, max(_fewest_channels(width, rules), nearest))
+    return min(width, max(fewest_channels(width, rules), nearest))
 
 
 def _removed(geometry: Geometry, kept: list[list[int]], length: int) -> int:

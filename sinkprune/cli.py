@@ -127,11 +127,15 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         options.ratio,
         options.unit,
         targets=tuple(options.targets.split(",")),
+        length=options.length,
+        target_speedup=options.target_speedup,
+        target_latency=options.target_latency,
+        latency_table=_latency_table(model, options),
         allocation=options.allocation,
         whole_groups=options.whole_groups,
         seed=options.seed,
     )
-    ceilings = costs.ceilings(model, plan, options.batch, options.length, roofs)
+    ceilings = costs.ceilings(model, plan, options.batch, plan.details["length"], roofs)
     plan.save(out)
     text = (
         f"removes {plan.heads_removed} heads, {100 * plan.parameters_removed:.1f} % of the block parameters\n"
@@ -144,6 +148,21 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "ceilings": ceilings,
         "plan": plan.to_dict(),
     }, text
+
+
+def _latency_table(model: Any, options: argparse.Namespace) -> Any:
+    """The table of ``--latency-table``: a file's, measured now, or computed for a GPU's data sheet."""
+    from sinkprune import hardware, latency_table
+
+    name = options.latency_table
+    if name is None:
+        return None
+    lengths = [options.length or 1024]
+    if name == "measure":
+        return latency_table.measured_table(model, lengths, options.batch)
+    if name in hardware.DATA_SHEETS:
+        return latency_table.computed_table(model, hardware.data_sheet(name), lengths, options.batch)
+    return latency_table.LatencyTable.load(name)
 
 
 def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -537,7 +556,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--whole-groups", action="store_true", help="remove whole key/value groups (GQA)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--batch", type=int, default=1, help="of the ceiling printed (default: %(default)s)")
-    sub.add_argument("--length", type=int, default=1024, help="of the ceiling printed (default: %(default)s)")
+    sub.add_argument("--length", type=int, help="of the ceiling printed, and of a target (default: 1024)")
+    sub.add_argument("--target-speedup", type=float, help="instead of --ratio: times faster than dense")
+    sub.add_argument("--target-latency", type=float, help="instead of --ratio: seconds per step")
+    sub.add_argument(
+        "--latency-table", help="for a target: a table's file, measure, or computed for A100, H100 or H200"
+    )
     sub.add_argument("--roofs", help="of the ceiling: cpu, cuda, A100, H100 or H200 (default: the --device)")
     sub.add_argument("--out", required=True, help="the plan's file (JSON)")
 

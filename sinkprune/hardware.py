@@ -51,7 +51,7 @@ class Roofs:
 # NVIDIA's data sheets (A100 80 GB SXM: DS-10031; H100 SXM: NVIDIA H100 Tensor Core GPU; H200 SXM: NVIDIA H200
 # Tensor Core GPU): float32 without tensor cores, as PyTorch multiplies it by default, and nominal memory. The
 # 16-bit rates and bandwidths are those of `sinkprune.kernels.roofline`.
-_SHEETS = {
+DATA_SHEETS = {
     "A100": ("sm_80", 108, 19.5e12, 80 * 10**9),
     "H100": ("sm_90", 132, 67e12, 80 * 10**9),
     "H200": ("sm_90", 132, 67e12, 141 * 10**9),
@@ -62,9 +62,9 @@ def data_sheet(name: str) -> Roofs:
     """Roofs of ``"A100"``, ``"H100"`` or ``"H200"`` (the SXM boards), for planning without the device."""
     from sinkprune.kernels.roofline import PEAKS
 
-    if name not in _SHEETS:
-        raise ValueError(f"data sheets are known of {', '.join(_SHEETS)}, not of {name!r}")
-    family, multiprocessors, single, memory = _SHEETS[name]
+    if name not in DATA_SHEETS:
+        raise ValueError(f"data sheets are known of {', '.join(DATA_SHEETS)}, not of {name!r}")
+    family, multiprocessors, single, memory = DATA_SHEETS[name]
     half = PEAKS[name].flops
     flops = {"bfloat16": half, "float16": half, "float32": single}
     return Roofs(name, flops, PEAKS[name].bytes, "data sheet", memory, multiprocessors, family)
@@ -83,12 +83,14 @@ def roofs(device: torch.device | str, *, path: Path | None = None, again: bool =
         ValueError: not a name of a device.
         RuntimeError: there is no such device.
     """
-    if device in _SHEETS:
+    if device in DATA_SHEETS:
         return data_sheet(str(device))
     try:
         where = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"roofs are of cpu, cuda, cuda:N, {', '.join(_SHEETS)}, not of {device!r}") from None
+        raise ValueError(
+            f"roofs are of cpu, cuda, cuda:N, {', '.join(DATA_SHEETS)}, not of {device!r}"
+        ) from None
     if where.type not in ("cpu", "cuda") or (
         where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count()
     ):

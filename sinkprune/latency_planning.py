@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sinkprune.adapters import Geometry
+from sinkprune.allocation import Rules, Unit, fewest_channels
 from sinkprune.latency_table import LatencyTable
 
 # The time budget is cut into this many ticks; what rounding costs is less than a tick a layer.
@@ -46,20 +48,19 @@ class _Option:
 def allocate(
     geometry: Geometry,
     scores: Tensor,
+    units: list[list[Unit]],
     table: LatencyTable,
     *,
     length: int,
     target_seconds: float,
-    min_heads: int = 1,
-    whole_groups: bool = False,
+    rules: Rules,
     channel_scores: list[Tensor] | None = None,
-    prune_heads: bool = True,
 ) -> LatencyAllocation:
     """Choose head and channel counts so that a step takes at most ``target_seconds`` at the least loss.
 
-    A layer's heads go in the order of their scores, its channels in theirs; among the counts, those that save
+    A layer's units go in their order, its channels in that of their scores; among the counts, those that save
     no time over a larger one are never taken. Which count in which layer is a knapsack, solved exactly up to
-    a rounding of ``1 / TICKS`` of the budget, so the result is deterministic and a lower target never loses
+    a rounding of ``1 / TICKS`` of the budget, so the result is deterministic, and a lower target never loses
     less.
 
     The loss of a head is its score above the lowest one, of a channel its score. All heads together weigh
@@ -68,63 +69,109 @@ def allocate(
     Args:
         geometry: of the dense model.
         scores: float ``[layers, >= heads]``, higher = keep.
+        units: of each layer, the heads that may go, weakest first (``sinkprune.allocation.head_units``); an
+            empty list keeps all.
         table: for this model's sizes and ``length``.
         target_seconds: of a whole step.
-        min_heads: fewest query heads (or groups, with ``whole_groups``) that a layer keeps.
-        whole_groups: heads go only together with the others that read their key/value head.
+        rules: of the channels: the largest share that may go, and the multiples to keep.
         channel_scores: of each layer ``[channels]``, at least 0, higher = keep; None keeps all channels.
-        prune_heads: False keeps all heads.
 
     Raises:
         ValueError: a table for other sizes, or a target out of reach (the message says the best reachable).
     """
     table.check(geometry, length)
     dense = table.step_seconds(geometry, None, length)
-    groups = [
-        _head_options(geometry, scores, table, length, layer, min_heads, whole_groups, prune_heads)
-        for layer in range(geometry.num_layers)
-    ]
-    groups += _channel_options(geometry, table, length, channel_scores)
+    worth = _head_worth(geometry, scores)
+    layers = range(geometry.num_layers)
+    groups = [_head_options(geometry, worth[i], units[i], table, length, i) for i in layers]
+    groups += _channel_options(geometry, table, length, channel_scores, rules)
     fixed = table.rest[length]
     fastest = fixed + sum(options[-1].seconds for options in groups)
-    if not math.isfinite(target_seconds) or fastest > target_seconds * (1 + 1e-9):
+    if fastest > target_seconds * (1 + 1e-9):
         raise ValueError(
             f"a step of {1e3 * target_seconds:.3f} ms is out of reach at length {length}: the best reachable "
             f"is {1e3 * fastest:.3f} ms, {dense / fastest:.2f}x faster than dense ({1e3 * dense:.3f} ms)"
         )
     chosen = _cheapest(groups, target_seconds - fixed)
-    layers = geometry.num_layers
     return LatencyAllocation(
-        kept_heads=[list(option.heads) for option in chosen[:layers]],
-        channels=[option.count for option in chosen[layers:]],
+        kept_heads=[list(option.heads) for option in chosen[: geometry.num_layers]],
+        channels=[option.count for option in chosen[geometry.num_layers :]],
         seconds=fixed + sum(option.seconds for option in chosen),
         dense_seconds=dense,
         loss=sum(option.loss for option in chosen),
     )
 
 
-def _head_options(
+def reach(
     geometry: Geometry,
     scores: Tensor,
+    units: list[list[Unit]],
+    table: LatencyTable | None,
+    length: int | None,
+    goal: tuple[float | None, float | None],
+    rules: Rules,
+    channel_scores: list[Tensor] | None,
+) -> tuple[list[list[int]], list[int] | None, dict[str, Any]]:
+    """``allocate`` for ``sp.plan``: kept heads, channel counts (None: all), and what the plan remembers.
+
+    ``goal`` is ``(target_speedup, target_latency)``, one of them None.
+    """
+    if table is None:
+        raise ValueError(
+            "a target needs a latency_table: sp.measured_table(model, [length]) or computed_table"
+        )
+    at, seconds = target_of(geometry, table, length, *goal)
+    found = allocate(
+        geometry, scores, units, table, length=at, target_seconds=seconds, rules=rules,
+        channel_scores=channel_scores,
+    )  # fmt: skip
+    told = {
+        "length": at,
+        "target_speedup": goal[0],
+        "target_latency": goal[1],
+        "latency_table": f"{table.device} ({table.source}, {table.dtype}, batch {table.batch})",
+        "seconds_per_step": found.seconds,
+        "dense_seconds_per_step": found.dense_seconds,
+        "score_lost": found.loss,
+    }
+    return found.kept_heads, None if channel_scores is None else found.channels, told
+
+
+def target_of(
+    geometry: Geometry,
     table: LatencyTable,
-    length: int,
-    layer: int,
-    min_heads: int,
-    whole_groups: bool,
-    prune_heads: bool,
+    length: int | None,
+    target_speedup: float | None,
+    target_latency: float | None,
+) -> tuple[int, float]:
+    """``(length, seconds a step may take)`` for a speed-up over the dense model, or for seconds a step.
+
+    Raises ``ValueError`` unless exactly one target is given and is a positive number, and the length is the
+    table's (None: the only one it has).
+    """
+    if (target_speedup is None) == (target_latency is None):
+        raise ValueError("pass either target_speedup or target_latency")
+    given = target_speedup if target_latency is None else target_latency
+    assert given is not None
+    if not (math.isfinite(given) and given > 0):
+        raise ValueError(f"a target must be a positive number, got {given}")
+    if length is None:
+        if len(table.lengths) != 1:
+            raise ValueError(f"the latency table knows lengths {table.lengths}: say which one to plan for")
+        length = table.lengths[0]
+    dense = table.step_seconds(geometry, None, length)
+    return length, given if target_speedup is None else dense / given
+
+
+def _head_options(
+    geometry: Geometry, worth: Tensor, units: list[Unit], table: LatencyTable, length: int, layer: int
 ) -> list[_Option]:
     """What a layer's heads may be, from all of them down; only counts that save time."""
-    worth = _head_worth(geometry, scores)[layer]
-    heads = geometry.heads[layer]
-    size = heads // geometry.kv_heads[layer] if whole_groups else 1
-    units = [list(range(first, first + size)) for first in range(0, heads, size)]
-    units.sort(key=lambda unit: (float(worth[unit].mean()), unit))
-    removable = max(0, len(units) - min_heads) if prune_heads else 0
-    kept, loss = set(range(heads)), 0.0
+    kept, loss = set(range(geometry.heads[layer])), 0.0
     options = []
-    for unit in [[], *units[:removable]]:
-        kept -= set(unit)
-        loss += float(worth[unit].sum())
+    for gone in [[], *(unit.heads for unit in units)]:
+        kept -= set(gone)
+        loss += float(worth[gone].sum())
         ids = tuple(sorted(kept))
         used = len(geometry.kv_heads_used(layer, list(ids)))
         options.append(_Option(len(ids), table.attention_seconds(length, len(ids), used), loss, ids))
@@ -151,7 +198,11 @@ def _channel_share(geometry: Geometry) -> float:
 
 
 def _channel_options(
-    geometry: Geometry, table: LatencyTable, length: int, channel_scores: list[Tensor] | None
+    geometry: Geometry,
+    table: LatencyTable,
+    length: int,
+    channel_scores: list[Tensor] | None,
+    rules: Rules,
 ) -> list[list[_Option]]:
     """What each layer's channels may be, from all of them down; only counts that save time."""
     if channel_scores is None:
@@ -161,7 +212,9 @@ def _channel_options(
     result = []
     for channels, row in zip(geometry.channels, channel_scores, strict=True):
         lost = torch.cat((torch.zeros(1, dtype=torch.float64), row.double().cpu().sort().values.cumsum(0)))
-        counts = table.channel_counts(length, channels)[::-1]
+        fewest, step = fewest_channels(channels, rules), rules.round_channels
+        known = table.channel_counts(length, channels)[::-1]
+        counts = [c for c in known if c == channels or (c >= fewest and c % step == 0)]
         result.append(
             _falling(
                 [_Option(c, table.mlp_seconds(length, c), scale * float(lost[channels - c])) for c in counts]

@@ -28,6 +28,7 @@ from sinkprune.criteria.channels import NEED_CALIBRATION, channel_scores, check_
 
 if TYPE_CHECKING:
     from sinkprune.calibration import Calibration
+    from sinkprune.latency_table import LatencyTable
     from sinkprune.profiling import SinkProfile
 
 SCHEMA = 1
@@ -139,7 +140,10 @@ def plan(
     calibration: Calibration | None = None,
     targets: Iterable[str] = ("heads",),
     channel_rule: str = "magnitude",
-    length: int = 1024,
+    length: int | None = None,
+    target_speedup: float | None = None,
+    target_latency: float | None = None,
+    latency_table: LatencyTable | None = None,
     allocation: str = "global",
     min_heads: int = 1,
     max_layer_share: float = 1.0,
@@ -163,7 +167,12 @@ def plan(
             its own.
         channel_rule: which MLP channels go first: ``"magnitude"``, ``"wanda"``, ``"sink_wanda"`` or
             ``"flap"``.
-        length: tokens of a forward, for ``unit="flops"``.
+        length: tokens of a forward, for ``unit="flops"`` (None: 1024) and for a target (None: the only length
+            of the table).
+        target_speedup, target_latency: instead of a ratio and its unit: how many times faster than dense a
+            step shall be, or how many seconds it may take, by ``latency_table``. Then ``allocation`` is
+            neither: counts are chosen where time falls, at the least loss (``latency_planning``).
+        latency_table: of this model's sizes (``sp.measured_table``, ``sp.computed_table``).
         allocation: ``"global"`` ranks all layers' heads together, ``"uniform"`` takes the same share of each
             layer. Channels go uniformly.
         min_heads: fewest query heads (or groups, with ``whole_groups``) a layer keeps; 0 allows to empty
@@ -188,11 +197,27 @@ def plan(
         allocation, min_heads, max_layer_share, round_heads, round_channels, whole_groups, whole_layers
     )
     evidence = Evidence(profile, calibration, seed)
-    _check_arguments(adapter, rule, evidence, ratio, unit, targets, channel_rule, length, rules)
+    timed = target_speedup is not None or target_latency is not None or latency_table is not None
+    if timed:
+        ratio, unit = 0.0, "parameters"
+    tokens = 1024 if length is None else length
+    _check_arguments(adapter, rule, evidence, ratio, unit, targets, channel_rule, tokens, rules)
 
-    units = head_units(geometry, scores_of(rule, adapter, evidence), rules)
+    scores = scores_of(rule, adapter, evidence)
+    units = head_units(geometry, scores, rules)
+    layers = range(geometry.num_layers)
+    told: dict[str, Any] = {}
     counts = None
-    if unit == "heads":
+    if timed:
+        from sinkprune.latency_planning import reach
+
+        worth = None
+        if "mlp" in targets:
+            worth = [channel_scores(channel_rule, adapter, evidence, layer) for layer in layers]
+        may_go = units if "heads" in targets else [[] for _ in layers]
+        goal = (target_speedup, target_latency)
+        kept, counts, told = reach(geometry, scores, may_go, latency_table, length, goal, rules, worth)
+    elif unit == "heads":
         budget, reachable = round(ratio * sum(geometry.heads)), most_heads(units)
         if budget > reachable:
             raise ValueError(
@@ -201,15 +226,14 @@ def plan(
             )
         kept = remove_heads(geometry, units, budget, allocation, None)
     else:
-        work_at = length if unit == "flops" else 0
+        work_at = tokens if unit == "flops" else 0
         kept, counts = share_budget(geometry, units, ratio, targets, rules, work_at)
     channels: list[list[int] | None] = [None] * geometry.num_layers
     if counts is not None:
-        layers = range(geometry.num_layers)
-        scores = [channel_scores(channel_rule, adapter, evidence, layer) for layer in layers]
-        channels = [*best_channels(scores, counts)]
+        by_channel = [channel_scores(channel_rule, adapter, evidence, layer) for layer in layers]
+        channels = [*best_channels(by_channel, counts)]
 
-    return PrunePlan(
+    made = PrunePlan(
         geometry=geometry,
         fingerprint=adapter.fingerprint(),
         layers=[LayerPlan(heads, ids) for heads, ids in zip(kept, channels, strict=True)],
@@ -219,8 +243,17 @@ def plan(
         targets=targets,
         allocation=allocation,
         seed=seed,
-        details={"settings": vars(rule), **asdict(rules), "channel_rule": channel_rule, "length": length},
+        details={
+            "settings": vars(rule),
+            **asdict(rules),
+            "channel_rule": channel_rule,
+            "length": tokens,
+            **told,
+        },
     )
+    if timed:
+        made.ratio, made.allocation = made.parameters_removed, "latency"
+    return made
 
 
 def scores_of(rule: HeadCriterion, adapter: Adapter, evidence: Evidence) -> Tensor:

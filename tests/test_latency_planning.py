@@ -7,9 +7,11 @@ import torch
 from toys import one_thread, toy  # noqa: F401
 
 import sinkprune as sp
+from sinkprune import latency_planning
 from sinkprune.adapters import Geometry
+from sinkprune.allocation import Rules, head_units
 from sinkprune.hardware import Roofs, roofs
-from sinkprune.latency_planning import allocate
+from sinkprune.latency_planning import target_of
 from sinkprune.latency_table import LatencyTable, channel_steps, computed_table, measured_table
 
 LENGTH = 64
@@ -19,6 +21,15 @@ def geometry(heads=4, layers=3, channels=8, kv_heads=None):
     return Geometry(
         "toy", 16, 4, 50, 64, (heads,) * layers, (kv_heads or heads,) * layers, (channels,) * layers
     )
+
+
+def allocate(known, scores, table, *, length, target_seconds, channel_scores=None, **rules):
+    """The allocator with units as the planner cuts them."""
+    allowed = Rules(**rules)
+    return latency_planning.allocate(
+        known, scores, head_units(known, scores, allowed), table, length=length,
+        target_seconds=target_seconds, rules=allowed, channel_scores=channel_scores,
+    )  # fmt: skip
 
 
 def staircase(known, steps, channel_steps_at=(), rest=5.0):
@@ -163,6 +174,45 @@ def test_a_table_of_other_sizes_or_lengths_is_refused():
         allocate(other, torch.zeros(1, 8), table, length=LENGTH, target_seconds=1)
 
 
+def test_channels_keep_to_the_caps_and_multiples_of_the_rules():
+    known = geometry()
+    table = staircase(known, (2,), tuple(range(1, 9)))
+    scores, channel_scores = torch.rand(3, 4), [torch.rand(8) for _ in range(3)]
+    options = {
+        "length": LENGTH,
+        "channel_scores": channel_scores,
+        "max_layer_share": 0.5,
+        "round_channels": 3,
+    }
+    got = allocate(known, scores, table, target_seconds=5 + 3 * 2 + 3 * 7, **options)
+    assert got.channels == [6, 6, 6]  # at least half of 8, a multiple of 3
+    with pytest.raises(ValueError, match="best reachable"):
+        allocate(known, scores, table, target_seconds=5 + 3 * 2 + 3 * 6, min_heads=4, **options)
+
+
+def test_a_target_is_a_speedup_or_seconds_at_a_length_of_the_table():
+    known = geometry()
+    table = staircase(known, (2,))  # dense: 5 + 3 x 2 + 3
+    assert target_of(known, table, None, 1.4, None) == (LENGTH, pytest.approx(10.0))
+    assert target_of(known, table, LENGTH, None, 12.0) == (LENGTH, 12.0)
+    for both in ((None, None), (1.5, 10.0)):
+        with pytest.raises(ValueError, match="either target_speedup or target_latency"):
+            target_of(known, table, None, *both)
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be a positive number"):
+            target_of(known, table, None, wrong, None)
+    table.rest[128] = 5.0
+    with pytest.raises(ValueError, match=r"knows lengths \[64, 128\]: say which one"):
+        target_of(known, table, None, 1.5, None)
+
+
+def test_a_layer_may_be_emptied_where_min_heads_is_0():
+    known = geometry()
+    table = staircase(known, (2,))
+    got = allocate(known, torch.rand(3, 4), table, length=LENGTH, target_seconds=5 + 3, min_heads=0)
+    assert got.kept_heads == [[], [], []] and got.seconds == 8.0
+
+
 def test_a_table_survives_the_disk_and_a_broken_file_is_refused(tmp_path):
     table = computed_table(geometry(), roofs("H100"), [64, 128])
     table.save(tmp_path / "table.json")
@@ -205,3 +255,58 @@ def test_a_measured_table_covers_every_count_of_the_model():
     assert all(seconds > 0 for seconds in [*table.attention.values(), *table.mlp.values()])
     assert table.step_seconds(known, None, 16) > 0
     assert table.mlp_seconds(16, 0) == 0 == table.attention_seconds(16, 0, 0)
+
+
+@pytest.mark.parametrize("targets", [("heads",), ("mlp",), ("heads", "mlp")], ids="+".join)
+def test_a_plan_reaches_its_target_and_remembers_how(targets):
+    model = toy()
+    known = sp.adapter_for(model).geometry()
+    table = staircase(known, (2, 4), tuple(range(4, 41, 4)))
+    dense = table.step_seconds(known, None, LENGTH)
+    plan = sp.plan(model, criterion="magnitude", target_speedup=1.1, latency_table=table, targets=targets)
+    seconds = table.step_seconds(known, plan, LENGTH)
+    assert seconds <= dense / 1.1
+    assert plan.details["seconds_per_step"] == pytest.approx(seconds)
+    assert plan.details["dense_seconds_per_step"] == dense
+    assert (plan.allocation, plan.details["target_speedup"], plan.details["length"]) == (
+        "latency",
+        1.1,
+        LENGTH,
+    )
+    assert plan.ratio == plan.parameters_removed > 0
+    assert ("heads" in targets) or plan.heads_removed == 0
+    assert all((layer.kept_channels is None) == ("mlp" not in targets) for layer in plan.layers)
+    again = sp.plan(
+        model, criterion="magnitude", target_latency=dense / 1.1, latency_table=table, targets=targets
+    )
+    assert again.layers == plan.layers
+    assert sp.PrunePlan.from_dict(plan.to_dict()) == plan
+    sp.apply(model, plan)
+    model(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_a_target_without_a_table_or_out_of_reach_is_refused():
+    model = toy()
+    table = staircase(sp.adapter_for(model).geometry(), (2,))
+    with pytest.raises(ValueError, match="a target needs a latency_table"):
+        sp.plan(model, criterion="magnitude", target_speedup=1.2)
+    with pytest.raises(ValueError, match="either target_speedup or target_latency"):
+        sp.plan(model, criterion="magnitude", latency_table=table)
+    with pytest.raises(ValueError, match=r"best reachable is 11000.000 ms, 1.27x faster than dense"):
+        sp.plan(model, criterion="magnitude", target_speedup=2.0, latency_table=table)
+
+
+def test_the_command_line_plans_for_a_gpu_that_is_not_there(tmp_path, capsys):
+    from sinkprune.cli import main
+
+    out = tmp_path / "plan.json"
+    target = ["--target-speedup", "1.1", "--latency-table", "H100", "--length", "2048", "--roofs", "H100"]
+    arguments = ["plan", "tiny", "--criterion", "magnitude", "--targets", "heads,mlp", "--out", str(out)]
+    assert main([*arguments, *target]) == 0
+    plan = sp.PrunePlan.load(out)
+    assert plan.details["latency_table"] == "H100 (computed, bfloat16, batch 1)"
+    assert plan.details["dense_seconds_per_step"] / plan.details["seconds_per_step"] >= 1.1
+    assert "at 1 x 2048 tokens" in capsys.readouterr().out
+    assert main([*arguments, "--target-speedup", "1.1", "--latency-table", str(tmp_path / "none.json")]) == 2
+    assert main([*arguments, "--target-speedup", "50", "--latency-table", "H100"]) == 2
+    assert "the best reachable is" in capsys.readouterr().err
