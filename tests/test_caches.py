@@ -167,6 +167,25 @@ def test_a_cache_of_half_the_width_takes_half_the_bytes():
     assert wide.saved == 0
 
 
+@pytest.mark.parametrize(
+    ("family", "cache", "expected"),
+    [
+        (LLADA, None, [17] * 6),
+        (LLADA, "prefix", [17, 12, 12, 17, 6, 6]),
+        (DREAM, "dual", [17, 6, 6, 17, 6, 6]),
+        (SDAR, None, [8, 8, 12, 12, 16, 16, 20, 20]),  # nothing after the block
+        (SDAR, "block", [8, 4, 8, 4, 8, 4, 8, 4]),  # a finished block is run once more, to be kept
+    ],
+)
+def test_a_forward_runs_the_window_alone(models, family, cache, expected):
+    model, ran = models[family], []
+    sizes = {"steps": 6, "gen_length": 12} if family == SDAR else SIZES
+    hook = model.register_forward_pre_hook(lambda module, args: ran.append(args[0].shape[1]))
+    list(sp.denoise(model, tokens(1, 5), cache=cache, **sizes))
+    hook.remove()
+    assert ran == expected
+
+
 def test_a_layer_without_heads_holds_nothing(models):
     model, seen = pruned(models[LLADA], "compact", [[], [0], [1]]), []
     for _ in sp.denoise(model, tokens(1, 5), cache="dual", callback=seen.append, **SIZES):
