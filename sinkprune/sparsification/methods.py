@@ -60,12 +60,11 @@ def prune_sparsegpt(weight: Tensor, inverse_factor: Tensor, target: Target) -> T
         inverse_factor: the upper Cholesky factor of the inverse Hessian, ``[columns, columns]``.
         target: reached in every block of ``BLOCK`` columns, over all rows together, or in every group.
     """
-    weight = weight.clone()
-    columns = weight.shape[1]
-    for first in range(0, columns, BLOCK):
-        last = min(first + BLOCK, columns)
-        block, factor = weight[:, first:last], inverse_factor[first:last, first:last]
-        importance = factor.diagonal().square()
+    columns = weight.T.contiguous()  # a column of the matrix is a row here, whole in memory
+    for first in range(0, len(columns), BLOCK):
+        last = min(first + BLOCK, len(columns))
+        block, factor = columns[first:last], inverse_factor[first:last, first:last]
+        importance = factor.diagonal().square()[:, None]
         removed = torch.zeros_like(block, dtype=torch.bool)
         if not target.group:
             scores = block.square() / importance
@@ -74,12 +73,13 @@ def prune_sparsegpt(weight: Tensor, inverse_factor: Tensor, target: Target) -> T
         for i in range(last - first):
             if target.group and i % target.group == 0:
                 part = slice(i, i + target.group)
-                removed[:, part] = _lowest_of_groups(block[:, part].square() / importance[part], target)
-            errors[:, i] = block[:, i].masked_fill(~removed[:, i], 0) / factor[i, i]
-            block[:, i].masked_fill_(removed[:, i], 0)
-            block[:, i + 1 :].addr_(errors[:, i], factor[i, i + 1 :], alpha=-1)
-        weight[:, last:] -= errors @ inverse_factor[first:last, last:]
-    return weight
+                scores = block[part].square() / importance[part]
+                removed[part] = _lowest_of_groups(scores.T, target).T
+            errors[i] = torch.where(removed[i], block[i], 0.0) / factor[i, i]
+            block[i].masked_fill_(removed[i], 0)
+            block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+        columns[last:] -= inverse_factor[first:last, last:].T @ errors
+    return columns.T.contiguous()
 
 
 @dataclass(frozen=True)
