@@ -44,8 +44,9 @@ def main() -> None:
 
     # The drop-in: watch the sinks on real denoising trajectories, decide, make the matrices smaller in place.
     profile = sp.profile(model, prompts, steps=8, gen_length=32, progress=True, **options)
-    plan = sp.plan(model, profile, ratio=arguments.ratio)
-    sp.apply(model, plan)
+    rows = sp.calibrate(model, prompts, mask_token_id=mask_id)  # better: text of the model's own kind
+    plan = sp.plan(model, profile, ratio=arguments.ratio, calibration=rows)
+    sp.apply(model, plan, calibration=rows)
 
     *_, ids = sp.denoise(model, prompts, steps=8, gen_length=32, **options)
     with torch.no_grad():

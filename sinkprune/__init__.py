@@ -3,8 +3,9 @@
     import sinkprune as sp
     model, tokenizer = sp.load("tiny")
     profile = sp.profile(model, ["My fellow citizens"], tokenizer=tokenizer)
-    plan = sp.plan(model, profile, ratio=0.38)
-    sp.apply(model, plan)
+    rows = sp.calibrate(model, text, tokenizer=tokenizer)
+    plan = sp.plan(model, profile, ratio=0.38, calibration=rows)
+    sp.apply(model, plan, calibration=rows)
 
 Names are imported when first used, so that ``import sinkprune`` stays light.
 """

@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+DEFAULT_CRITERION = "selected"  # as in planning, which would import torch for --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,19 +54,24 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         gen_length=options.gen_length,
         progress=not options.quiet,
     )
-    say("planning and repacking")
+    say("planning")
+    rows = _calibration(dense, tokenizer, options)
     plan = planning.plan(
         dense,
         profile,
         options.criterion,
         options.ratio,
         options.unit,
+        calibration=rows,
         targets=tuple(options.targets.split(",")),
+        channel_rule=options.channel_rule,
         seed=options.seed,
     )
     ceilings = costs.ceilings(dense, plan, 1, 256, hardware.roofs(options.device))
     say(f"this plan can give {costs.ceilings_text(ceilings)}")
-    repacking.apply(pruned, plan)
+    say("repairing and repacking")
+    repacking.apply(pruned, plan, calibration=rows)
+    plan = cast(planning.PrunePlan, pruned.prune_plan)  # says how it was repaired
     values = report.compare(
         dense,
         pruned,
@@ -118,7 +125,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     out = _output_file(options.out)
     roofs = hardware.roofs(options.roofs or options.device)
-    model, _ = checkpoint.load(options.model, device=options.device)
+    model, tokenizer = checkpoint.load(options.model, device=options.device)
     profile = profiling.SinkProfile.load(options.profile) if options.profile else None
     plan = planning.plan(
         model,
@@ -126,13 +133,20 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         options.criterion,
         options.ratio,
         options.unit,
+        calibration=_calibration(model, tokenizer, options),
         targets=tuple(options.targets.split(",")),
+        channel_rule=options.channel_rule,
         length=options.length,
         target_speedup=options.target_speedup,
         target_latency=options.target_latency,
         latency_table=_latency_table(model, options),
         allocation=options.allocation,
+        min_heads=options.min_heads,
+        max_layer_share=options.max_layer_share,
+        round_heads=options.round_heads,
+        round_channels=options.round_channels,
         whole_groups=options.whole_groups,
+        whole_layers=options.whole_layers,
         seed=options.seed,
     )
     ceilings = costs.ceilings(model, plan, options.batch, plan.details["length"], roofs)
@@ -171,11 +185,37 @@ def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     plan = planning.PrunePlan.load(options.plan)
     model, tokenizer = checkpoint.load(options.model, device=options.device)
     before = sum(p.numel() for p in model.parameters())
-    repacking.apply(model, plan, mode=options.mode, low_memory=options.low_memory)
+    repair = options.repair or ("none" if options.mode == "mask" else "least_squares")
+    rows = None if repair == "none" else _calibration(model, tokenizer, options)
+    repacking.apply(
+        model,
+        plan,
+        mode=options.mode,
+        calibration=rows,
+        repair=None if repair == "none" else repair,
+        low_memory=options.low_memory,
+    )
     after = sum(p.numel() for p in model.parameters())
     folder = checkpoint.save(model, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
     text = f"{before:,} -> {after:,} parameters\nwrote {folder}"
     return {"parameters_before": before, "parameters_after": after, "folder": str(folder)}, text
+
+
+def _calibration(model: Any, tokenizer: Any, options: argparse.Namespace) -> Any:
+    """Masked windows of ``--calibration``, or of the embedded text; None without a tokenizer."""
+    from sinkprune import calibration
+
+    if tokenizer is None and options.calibration is None:
+        return None
+    text = _text(options.calibration, "calibration")
+    return calibration.calibrate(
+        model,
+        text,
+        tokenizer=tokenizer,
+        sequences=options.calibration_windows,
+        length=options.calibration_length,
+        seed=options.seed,
+    )
 
 
 def _sparsify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -306,7 +346,8 @@ def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     block = options.block_length or options.gen_length
     total = len(options.prompt.split()) + options.gen_length  # at least
     batch = 2 if options.cfg_scale else 1
-    footprint.check_folder_fits(options.model, options.device, batch, total, block)
+    held = total if options.cache else 0
+    footprint.check_folder_fits(options.model, options.device, batch, total, block, held)
     model, tokenizer = checkpoint.load(options.model, device=options.device)
     cache = windows.new_cache(options.cache)
     steps: list[generation.Step] = []
@@ -319,6 +360,7 @@ def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         algorithm=options.algorithm,
         threshold=options.threshold,
         cache=cache,
+        graphs=options.graphs,
         **_sampler_options(options),
     )
     result = {"prompt": options.prompt, "text": text, "forwards": len(steps)}
@@ -396,6 +438,8 @@ def prompts_from(text: str, tokenizer: Any, *, count: int, tokens: int = 16) -> 
 
 
 def _summary(values: dict[str, Any]) -> str:
+    from sinkprune.costs import ceilings_text
+
     plan, quality, speed = values["plan"], values["quality"], values["speed"]
     return (
         f"{plan['heads_removed']} heads and {100 * plan['parameters_removed']:.1f} % of the block parameters "
@@ -403,7 +447,7 @@ def _summary(values: dict[str, Any]) -> str:
         f"NLL bound {quality['dense']['nll']:.3f} -> {quality['pruned']['nll']:.3f} nat per token "
         f"({quality['difference']['nll']:+.3f} ± {quality['difference']['nll_se']:.3f})\n"
         f"{speed['dense_ms_per_step']:.2f} -> {speed['pruned_ms_per_step']:.2f} ms per step: "
-        f"{speed['ratio']:.2f}x, arithmetic allows {speed['ceiling']:.2f}x"
+        f"{speed['ratio']:.2f}x; the plan can give {ceilings_text(speed['ceilings'])}"
     )
 
 
@@ -516,10 +560,21 @@ def _parser() -> argparse.ArgumentParser:
 
     def planner(sub: argparse.ArgumentParser) -> None:
         shown = "(default: %(default)s)"
-        sub.add_argument("--criterion", default="sink_variance", help=f"rule that orders heads {shown}")
+        sub.add_argument("--criterion", default=DEFAULT_CRITERION, help=f"rule that orders heads {shown}")
         sub.add_argument("--ratio", type=float, default=0.38, help=f"share to remove {shown}")
-        sub.add_argument("--unit", default="heads", help=f"heads or parameters {shown}")
+        sub.add_argument("--unit", default="heads", help=f"heads, parameters or flops {shown}")
         sub.add_argument("--targets", default="heads", help=f"heads, mlp or heads,mlp {shown}")
+        sub.add_argument(
+            "--channel-rule", default="magnitude", help=f"magnitude, wanda, sink_wanda or flap {shown}"
+        )
+        calibrator(sub)
+
+    def calibrator(sub: argparse.ArgumentParser) -> None:
+        shown = "(default: %(default)s)"
+        sub.add_argument("--calibration", help="a UTF-8 text of the model's kind (default: the embedded one)")
+        sub.add_argument("--calibration-windows", type=int, default=32, help=f"of that text {shown}")
+        sub.add_argument("--calibration-length", type=int, default=128, help=f"tokens of a window {shown}")
+        sub.add_argument("--seed", type=int, default=0, help="of windows, masks and random rules")
 
     sub = command("demo", _demo, "The whole story on one model.", "sinkprune demo --out demo-out")
     sub.add_argument("--out", required=True, help="folder for report.html, report.json and pictures")
@@ -527,7 +582,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompts", type=int, default=8, help="trajectories profiled (default: %(default)s)")
     sub.add_argument("--steps", type=int, default=64, help="forwards (default: %(default)s)")
     sub.add_argument("--gen-length", type=int, default=128, help="new tokens profiled (default: %(default)s)")
-    sub.add_argument("--seed", type=int, default=0)
     planner(sub)
 
     sub = command(
@@ -553,8 +607,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--profile", help="from 'sinkprune profile', for criteria that need it")
     planner(sub)
     sub.add_argument("--allocation", default="global", help="global or uniform (default: %(default)s)")
+    sub.add_argument("--min-heads", type=int, default=1, help="fewest a layer keeps (default: %(default)s)")
+    sub.add_argument("--max-layer-share", type=float, default=1.0, help="most of a layer that may go")
+    sub.add_argument("--round-heads", type=int, default=1, help="keep a multiple of this many per layer")
+    sub.add_argument("--round-channels", type=int, default=1, help="the same of MLP channels")
     sub.add_argument("--whole-groups", action="store_true", help="remove whole key/value groups (GQA)")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--whole-layers", action="store_true", help="remove whole layers' attention")
     sub.add_argument("--batch", type=int, default=1, help="of the ceiling printed (default: %(default)s)")
     sub.add_argument("--length", type=int, help="of the ceiling printed, and of a target (default: 1024)")
     sub.add_argument("--target-speedup", type=float, help="instead of --ratio: times faster than dense")
@@ -571,6 +629,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="tiny, or a local folder")
     sub.add_argument("--plan", required=True, help="from 'sinkprune plan'")
     sub.add_argument("--mode", default="compact", help="compact or mask (default: %(default)s)")
+    sub.add_argument("--repair", help="least_squares (default for compact), bias or none (default for mask)")
+    calibrator(sub)
     sub.add_argument("--low-memory", action="store_true", help="layer by layer; can't be rolled back")
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint written before")
     sub.add_argument("--out", required=True, help="the checkpoint's folder")
@@ -627,6 +687,7 @@ def _parser() -> argparse.ArgumentParser:
     sampler(sub, 64)
     sub.add_argument("--algorithm", help="low_confidence, random, or Dream's origin, maskgit_plus, …")
     sub.add_argument("--threshold", type=float, help="commit all tokens this sure, instead of --steps")
+    sub.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs (nothing on CPU)")
     sub.add_argument("--cache", help="prefix, dual or dllm (approximate), block (block-causal models)")
 
     sub = command(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 TARGETS = ("heads", "mlp")
 UNITS = ("heads", "parameters", "flops")
+DEFAULT_CRITERION = "selected"  # docs/study.md says why
 
 
 @dataclass
@@ -133,7 +134,7 @@ def validate_layers(geometry: Geometry, layers: list[LayerPlan]) -> None:
 def plan(
     model: nn.Module,
     profile: SinkProfile | None = None,
-    criterion: str | HeadCriterion = "sink_variance",
+    criterion: str | HeadCriterion = DEFAULT_CRITERION,
     ratio: float = 0.38,
     unit: str = "heads",
     *,

@@ -139,7 +139,7 @@ def test_doctor_names_versions_and_backends(capsys):
         (["plan", "tiny", "--out", "/no/such/folder/plan.json"], "not a folder that can be written"),
         (["plan", "tiny", "--criterion", "magnitud", "--out", "plan.json"], "did you mean 'magnitude'"),
         (["plan", "tiny", "--ratio", "1.5", "--out", "plan.json"], "in [0, 1), got 1.5"),
-        (["plan", "tiny", "--out", "plan.json"], "needs a profile"),
+        (["plan", "tiny", "--criterion", "sink_variance", "--out", "plan.json"], "needs a profile"),
         (["plan", "tiny", "--profile", "missing", "--out", "plan.json"], "No such file"),
         (["profile", "tiny", "--out", "p.safetensors"], "at least one --prompt"),
         (["profile", "tiny", "--prompt", "a", "--out", "/proc/nope/p"], "not a folder that can be written"),

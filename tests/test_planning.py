@@ -248,7 +248,7 @@ def test_a_ratio_of_zero_removes_nothing_even_where_nothing_can_go(unit):
 def test_a_profile_of_other_weights_is_refused():
     profile = sp.profile(toy(seed=5), tokens(1, 4), steps=2, gen_length=4)
     with pytest.raises(ValueError, match="taken of other weights"):
-        sp.plan(toy(seed=6), profile, ratio=0.3)
+        sp.plan(toy(seed=6), profile, "sink_variance", ratio=0.3)
 
 
 @pytest.mark.parametrize("mode", ["mask", "compact"])

@@ -143,7 +143,7 @@ def test_the_block_cache_of_bd3lm_works(mode):
 def test_it_profiles_plans_and_samples(call):
     model = ddit_twin(call)
     profile = sp.profile(model, tokens(2, 4), steps=2, gen_length=4)
-    plan = sp.plan(model, profile, ratio=0.3, unit="parameters", targets=["heads", "mlp"])
+    plan = sp.plan(model, profile, "sink_variance", ratio=0.3, unit="parameters", targets=["heads", "mlp"])
     assert plan.parameters_removed == pytest.approx(0.3, abs=0.03)
     *_, ids = sp.denoise(sp.apply(model, plan), tokens(2, 4), steps=2, gen_length=4)
     assert (ids != 60).all()

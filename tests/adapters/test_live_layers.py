@@ -239,6 +239,6 @@ def test_twins_compute_what_the_architectures_describe():
 @pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
 def test_they_profile_plan_and_sample(twin):
     model = twin()
-    plan = sp.plan(model, sp.profile(model, tokens(2, 4), steps=2, gen_length=4), ratio=0.4)
+    plan = sp.plan(model, sp.profile(model, tokens(2, 4), steps=2, gen_length=4), "sink_variance", ratio=0.4)
     *_, ids = sp.denoise(sp.apply(model, plan), tokens(2, 4), steps=2, gen_length=4)
     assert (ids != 60).all()

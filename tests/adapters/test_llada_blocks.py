@@ -244,7 +244,7 @@ def test_profile_plan_apply_and_sample_and_native_plans_fit():
     profile = sp.profile(model, prompts, steps=4, gen_length=8)
     other = sp.profile(native, prompts, steps=4, gen_length=8)
     close(profile.statistics["mass"], other.statistics["mass"])
-    plan = sp.plan(native, other, ratio=0.4)
+    plan = sp.plan(native, other, "sink_variance", ratio=0.4)
     sp.apply(native, plan)
     sp.apply(model, plan)
     ids = tokens(2, 9)

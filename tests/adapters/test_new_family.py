@@ -156,7 +156,7 @@ def test_one_file_makes_every_verb_work(family, mode, tmp_path):
     profile = sp.profile(model, tokens(2, 4, vocabulary=32), steps=4, gen_length=8)
     profile.save(tmp_path / "profile")
     profile = sp.SinkProfile.load(tmp_path / "profile")
-    plan = sp.plan(model, profile, ratio=0.4, unit="parameters", targets=["heads", "mlp"])
+    plan = sp.plan(model, profile, "sink_variance", ratio=0.4, unit="parameters", targets=["heads", "mlp"])
     assert plan.parameters_removed == pytest.approx(0.4, abs=0.02)
     assert sp.ceiling(model, plan, length=16) > 1.2
 

@@ -171,7 +171,7 @@ def test_profile_plan_and_generate_work_on_a_bidirectional_model():
     model = build("llama, bidirectional, MHA, tied")
     ids = torch.randint(3, 60, (2, 5))
     profile = sp.profile(model, ids, steps=4, gen_length=8)
-    sp.apply(model, sp.plan(model, profile, ratio=0.4))
+    sp.apply(model, sp.plan(model, profile, "sink_variance", ratio=0.4))
     *_, out = sp.denoise(model, ids, steps=4, gen_length=8)
     assert out.shape == (2, 13) and (out != 60).all()
 
@@ -281,7 +281,7 @@ def test_diffusion_gemma_is_masked_profiled_saved_and_restored_but_not_compacted
     assert torch.equal(canvas_logits(sp.restore(model)), dense)
     profile = sp.profile(model, torch.randint(3, 50, (2, 6)), steps=3, gen_length=8)
     assert profile.statistics["steps_counted"].max() == 3
-    assert sp.plan(model, profile, ratio=0.4).heads_removed == 5
+    assert sp.plan(model, profile, "sink_variance", ratio=0.4).heads_removed == 5
 
 
 def test_our_package_does_not_import_transformers_before_the_user_does():

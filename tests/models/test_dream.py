@@ -118,7 +118,7 @@ def test_column_mass_equals_that_of_the_independent_forward():
 def test_it_profiles_plans_and_generates():
     model = toy_dream()
     profile = sp.profile(model, tokens(2, 4), steps=4, gen_length=8)
-    plan = sp.plan(model, profile, ratio=0.5)
+    plan = sp.plan(model, profile, "sink_variance", ratio=0.5)
     sp.apply(model, plan)
     *_, ids = sp.denoise(model, tokens(2, 4), steps=4, gen_length=8)
     assert (ids != 60).all()
