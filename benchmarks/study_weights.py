@@ -48,10 +48,10 @@ IN_DOMAIN = {"tiny": TEN_LEVELS, "rxnfp": tuple(level / 2 for level in TEN_LEVEL
 
 @dataclass
 class Sizes:
-    windows: int = 48  # of held-out text, and half as many of the other one
+    windows: int = 32  # of held-out text, and half as many of the other one
     draws: int = 2  # masks of each window
-    sequences: int = 8  # calibration windows, each at ten noise levels
-    reactions: int = 96
+    sequences: int = 5  # calibration windows, each at ten noise levels
+    reactions: int = 64
 
 
 class Subject:
@@ -64,7 +64,7 @@ class Subject:
         else:
             assert reactions_file is not None
             self.model, self.tokenizer = reactions.load()
-            ids, valid = reactions.read_reactions(reactions_file, self.tokenizer)
+            ids, valid = reactions.read_reactions(reactions_file, self.tokenizer, most_tokens=96)
             order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
             self.judged, self.judged_valid = (x[order[: sizes.reactions]] for x in (ids, valid))
             self.rest, self.rest_valid = (x[order[sizes.reactions :]] for x in (ids, valid))
