@@ -194,13 +194,17 @@ class Study:
         )
 
 
-def measure(reactions_file: Path | None, draws: int, out: Path, *, quick: bool = False) -> Rows:
-    """All rows, the headline of every model first."""
+def measure(
+    reactions_file: Path | None, draws: int, out: Path, *, quick: bool = False, only: str | None = None
+) -> Rows:
+    """All rows, the headline of every model first; ``only`` one model's."""
     sizes = Sizes(4, 1, 1, 8) if quick else Sizes(windows=32, draws=2, reactions=96)
     sequences = 2 if quick else 24
     rows = Rows(out / "heads.json", {**vars(sizes), "draws": draws, "rows": sequences, "length": 128})
-    studies = [Study(HeadSubject("tiny", sizes, sequences), rows, draws)]
-    if reactions_file is not None:
+    studies = []
+    if only in (None, "tiny"):
+        studies.append(Study(HeadSubject("tiny", sizes, sequences), rows, draws))
+    if only in (None, "rxnfp") and reactions_file is not None:
         studies.append(Study(HeadSubject("rxnfp", sizes, sequences, reactions_file), rows, draws))
     for stage in (Study.headline, Study.parameters, Study.ratios):
         for study in studies:
@@ -214,10 +218,11 @@ def main() -> None:
     )
     parser.add_argument("--reactions", type=Path, help="a file of reaction SMILES, one a line")
     parser.add_argument("--draws", type=int, default=5, help="calibration draws (default: %(default)s)")
+    parser.add_argument("--only", choices=("tiny", "rxnfp"), help="one model, to run two at once")
     parser.add_argument("--quick", action="store_true", help="a small slice, to see that it works")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/study")
     options = parser.parse_args()
-    rows = measure(options.reactions, options.draws, options.out, quick=options.quick)
+    rows = measure(options.reactions, options.draws, options.out, quick=options.quick, only=options.only)
     print(f"wrote {rows.path}")
 
 
