@@ -16,8 +16,7 @@ from sinkprune.calibration import Calibration
 from sinkprune.modules import AttentionCall
 from sinkprune.profiling import masked_column_mass
 from sinkprune.sinks import SinkGate
-
-SOFTNESS, SIGMAS = 5.0, 2.0  # of the paper's soft sink mask
+from sinkprune.sparsification.sink_mask import SinkMask
 
 
 @dataclass
@@ -118,19 +117,17 @@ class _Layer:
 
     def attention(self, call: AttentionCall) -> None:
         """The attention's column mass ``[B, H, L]`` and log-sum-exp, whatever its mask."""
-        positions = _positions(self.valid)
-        if call.mask is not None:
-            self.mass = masked_column_mass(call, positions, len(call.query))
-            self.call = call._replace(lse=_masked_lse(call))
+        positions = _positions(self.valid) if call.query_positions is None else call.query_positions
+        mask = call.mask if call.block_size is None else _block_mask(call)
+        if mask is not None:
+            self.call = call._replace(mask=mask, lse=_masked_lse(call, mask))
+            self.mass = masked_column_mass(self.call, positions, len(call.query))
             return
-        lse = call.lse
-        if lse is None:
-            lse = ops.attention(call.query, call.key, call.key, key_padding_mask=self.valid)[1]
-        self.call = call._replace(lse=lse)
+        self.call = call
         self.mass = ops.column_mass(
             call.query,
             call.key,
-            lse,
+            call.lse,
             key_padding_mask=self.valid,
             query_positions=positions,
             kv_head_of=call.kv_head_of,
@@ -170,10 +167,10 @@ class _Layer:
 
     def _soft(self) -> Tensor:
         """Squared weight of each token, ``(1 - soft sink mask)²``: float32 ``[B, L, 1]``."""
-        mass = self.mass.sum(1)  # [B, L]
-        mean, deviation = mass.mean(-1, keepdim=True), mass.std(-1, keepdim=True)
-        soft = torch.sigmoid(SOFTNESS * (mass - (mean + SIGMAS * deviation)))
-        return (1 - soft).square().unsqueeze(-1)
+        length = self.mass.shape[-1]
+        queries = length if self.valid is None else self.valid.sum(1, keepdim=True)
+        mass = self.mass.sum(1) * queries  # the public code's mass is a sum over queries and heads
+        return (1 - SinkMask().of(mass, self.valid)).square().unsqueeze(-1)
 
     def _value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         width = self.geometry.kv_heads[self.layer] * self.geometry.head_dim
@@ -208,6 +205,9 @@ class _Layer:
         scale = width**-0.5 if call.scale is None else call.scale
         assert call.lse is not None
         score = (call.query.float() * key).sum(-1) * scale / math.log(2)
+        if call.mask is not None:
+            seen = _added(call.mask).expand(len(x), heads, length, length)
+            score = score + seen.gather(3, sink[..., None, None].expand(-1, -1, length, 1)).squeeze(3)
         weight = torch.exp2(score - call.lse.float()) * stands_out[..., None]  # [B, H, L]
         return x - (weight[..., None] * value).transpose(1, 2).flatten(2)
 
@@ -221,15 +221,31 @@ class _Layer:
         self.sums["stream"] = self.sums.get("stream", 0.0) + float(self._rows(hidden).square().mean(1).sum())
 
 
-def _masked_lse(call: AttentionCall) -> Tensor:
-    """Base-2 log-sum-exp ``[B, H, L]`` of a call with a mask of any kind."""
-    query, key, mask = call.query.float(), call.key.float(), call.mask
-    assert mask is not None
+def _block_mask(call: AttentionCall) -> Tensor:
+    """What the queries of a block-causal call see, bool ``[B, 1, Lq, Lk]``."""
+    assert call.block_size is not None
+    blocks = []
+    for positions, x in ((call.query_positions, call.query), (call.key_positions, call.key)):
+        index = torch.arange(x.shape[2], device=x.device)[None] if positions is None else positions
+        blocks.append(index // call.block_size)
+    mask = blocks[1][:, None, None, :] <= blocks[0][:, None, :, None]
+    padding = call.key_padding_mask
+    return mask if padding is None else mask & padding[:, None, None, :]
+
+
+def _masked_lse(call: AttentionCall, mask: Tensor) -> Tensor:
+    """Base-2 log-sum-exp ``[B, H, L]`` of a call under a mask of any kind."""
+    query, key = call.query.float(), call.key.float()
     scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = query @ key.mT * scale
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return ops.base2_lse(scores.logsumexp(-1))
+    return ops.base2_lse((query @ key.mT * scale + _added(mask)).logsumexp(-1))
+
+
+def _added(mask: Tensor) -> Tensor:
+    """A mask as what is added to the scores, float32."""
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
 def _positions(valid: Tensor | None) -> Tensor | None:

@@ -35,6 +35,7 @@ from sinkprune.models.transformers_native import (
 from sinkprune.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.planning import PrunePlan
 from sinkprune.repacking import apply, compact_mlp, install_compact, mark
+from sinkprune.repair import add_biases
 from sinkprune.sparsification.note import Sparsity
 from sinkprune.version import __version__
 
@@ -84,7 +85,7 @@ def load(
         if plan.geometry != adapter_for(model).geometry():
             raise ValueError(f"{folder}: the plan in {MANIFEST} does not fit config.json")
         if form == "compact":
-            install_compact(model, plan)
+            _lay_out_compact(model, plan)
     _fill(model, _weight_files(folder), torch.device(device), dtype)
     model.eval()
     if plan is not None and form is not None:
@@ -243,7 +244,7 @@ def _as_native(model: nn.Module) -> nn.Module:
         native = NATIVE[kind]({**values, "model_type": kind})
     plan: PrunePlan | None = getattr(model, "prune_plan", None)
     if adapter.form == "compact" and plan is not None:
-        install_compact(native, plan)
+        _lay_out_compact(native, plan)
     tensors = {k: v for k, v in model.state_dict().items() if k in native.state_dict()}
     attentions = [name for name, m in native.named_modules() if isinstance(m, SinkPrunedAttention)]
     packed: dict[str, nn.Module] = {}
@@ -266,6 +267,13 @@ def _as_native(model: nn.Module) -> nn.Module:
     native.load_state_dict(tensors, assign=True)
     mark(native, plan, adapter.form)
     return native
+
+
+def _lay_out_compact(model: nn.Module, plan: PrunePlan) -> None:
+    """Make a dense model on ``meta`` compact, with the biases that its repair added."""
+    if "repair" in plan.details:
+        add_biases(adapter_for(model), plan)
+    install_compact(model, plan)
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

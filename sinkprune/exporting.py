@@ -42,8 +42,8 @@ def export(model: nn.Module, folder: str | Path, *, uniform: bool = True, tokeni
     Raises:
         FileExistsError: something is there.
         TypeError: a live object of upstream code, or of an unknown class.
-        ValueError: a model that is not compact, a plan that is not uniform (naming the layers), or sizes that
-            the family's config can't express (naming what it fixes).
+        ValueError: a model that is not compact, a plan that is not uniform (naming the layers), or sizes or a
+            repair's biases that the family's config can't express (naming what it fixes).
     """
     if not uniform:
         raise ValueError("only uniform plans have an ordinary form (uniform=True): save() writes any other")
@@ -58,6 +58,8 @@ def export(model: nn.Module, folder: str | Path, *, uniform: bool = True, tokeni
     kept = _kept_sizes(plan)
     _check_uniform(plan, kept)
     small, config = _lay_out(config, plan, kept)
+    if "repair" in plan.details:
+        _check_biases(adapter_for(small))
     _fill(small, model, adapter)
     _write(small, folder, config, tokenizer)
     return folder
@@ -128,6 +130,17 @@ def _lay_out(config: dict[str, Any], plan: PrunePlan, kept: Geometry) -> tuple[n
         )
         raise ValueError(_inexpressible(kept, reason))
     return small, config
+
+
+def _check_biases(small: Adapter) -> None:
+    """Raise ``ValueError`` where the family's config has no room for the biases of a repair."""
+    linears = small.linears(small.geometry().num_layers - 1)
+    for role in ("o", "down"):
+        if role in linears and linears[role].bias is None:
+            raise ValueError(
+                f"the repair gave the {role} projections biases, which a config of {small.family} can't say: "
+                "apply without repair, or save() it as it is"
+            )
 
 
 def _inexpressible(kept: Geometry, reason: str) -> str:

@@ -59,9 +59,8 @@ def repaired(
     if method not in REPAIRS:
         raise ValueError(f"repair must be one of {REPAIRS} or None, got {method!r}")
     originals: list[tuple[nn.Linear, Tensor, Tensor | None]] = []
-    geometry = adapter.geometry()
-    layers = range(geometry.num_layers)
-    first = next((i for i in layers if _loses(geometry, plan, i)), geometry.num_layers)
+    layers = range(adapter.geometry().num_layers)
+    first = _first_loss(adapter.geometry(), plan)
     try:
         dense, pruned = (BlockStream(adapter, calibration, batch) for _ in range(2))
         for layer in tqdm(layers, desc="repairing", unit="layer", disable=not progress):
@@ -74,28 +73,42 @@ def repaired(
                 dense.advance(layer)
             kept = plan.layers[layer]
             _skip(adapter, layer, kept.kept_heads, kept.kept_channels)
-            for (module, columns), target in zip(fits, targets, strict=True):
-                if keep_originals:
-                    originals.append((module, module.weight.detach().clone(), module.bias))
-                sums = _Sums(columns, target, pruned.valid)
-                pruned.visit(layer, module, sums.add)
-                weight, bias = sums.solve(module, ridge if method == "least_squares" else None)
-                if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-                    raise ValueError(f"layer {layer}: activations are not finite; nothing was repaired")
-                with torch.no_grad():
-                    module.weight[:, columns] = weight.to(module.weight.dtype)
-                    module.bias = nn.Parameter(bias.to(module.weight.dtype), module.weight.requires_grad)
-            pruned.advance(layer)
-            _skip(adapter, layer, None, None)
+            try:
+                for (module, columns), target in zip(fits, targets, strict=True):
+                    if keep_originals:
+                        originals.append((module, module.weight.detach().clone(), module.bias))
+                    sums = _Sums(columns, target, pruned.valid)
+                    pruned.visit(layer, module, sums.add)
+                    weight, bias = sums.solve(module, ridge if method == "least_squares" else None)
+                    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+                        raise ValueError(f"layer {layer}: activations are not finite; nothing was repaired")
+                    with torch.no_grad():
+                        module.weight[:, columns] = weight.to(module.weight.dtype)
+                        module.bias = nn.Parameter(bias.to(module.weight.dtype), module.weight.requires_grad)
+                pruned.advance(layer)
+            finally:
+                _skip(adapter, layer, None, None)
         yield
     except BaseException:
-        for layer in layers:
-            _skip(adapter, layer, None, None)
         with torch.no_grad():
             for module, weight, old_bias in reversed(originals):
                 module.weight.copy_(weight)
                 module.register_parameter("bias", cast(nn.Parameter | None, old_bias))
         raise
+
+
+def add_biases(adapter: Adapter, plan: PrunePlan) -> None:
+    """Give a dense model that is laid out on ``meta`` the biases that repairing it for ``plan`` added."""
+    for layer in range(_first_loss(adapter.geometry(), plan), adapter.geometry().num_layers):
+        for module, _ in _fits(adapter, plan, layer):
+            if module.bias is None:
+                module.bias = nn.Parameter(module.weight.new_empty(module.out_features))
+
+
+def _first_loss(geometry: Geometry, plan: PrunePlan) -> int:
+    """The first layer that loses something; the number of layers where none does."""
+    layers = range(geometry.num_layers)
+    return next((i for i in layers if _loses(geometry, plan, i)), geometry.num_layers)
 
 
 def _loses(geometry: Geometry, plan: PrunePlan, layer: int) -> bool:
@@ -109,11 +122,8 @@ def _fits(adapter: Adapter, plan: PrunePlan, layer: int) -> list[tuple[nn.Linear
     output = linear(linears["o"])
     width = output.in_features // geometry.heads[layer]
     device = output.weight.device
-    found = []
-    if kept.kept_heads:
-        heads = torch.tensor(kept.kept_heads, device=device)
-        columns = (heads[:, None] * width + torch.arange(width, device=device)).flatten()
-        found.append((output, columns))
+    heads = torch.tensor(kept.kept_heads, dtype=torch.long, device=device)
+    found = [(output, (heads[:, None] * width + torch.arange(width, device=device)).flatten())]
     if "down" in linears:
         down = linear(linears["down"])
         channels = range(down.in_features) if kept.kept_channels is None else kept.kept_channels
