@@ -138,7 +138,9 @@ def check_fits(needed: Memory, device: torch.device | str, fitting: int, what: s
         raise ValueError(f"{what} needs {_gb(needed.peak)}, {device} has {_gb(free)} free: {advice}")
 
 
-def check_folder_fits(source: str | Path, device: str, batch: int, length: int, head_rows: int) -> None:
+def check_folder_fits(
+    source: str | Path, device: str, batch: int, length: int, head_rows: int, cached: int = 0
+) -> None:
     """``check_fits`` for a model folder (or ``"tiny"``), read from its sizes alone."""
     if torch.device(device).type != "cuda":
         return
@@ -155,9 +157,10 @@ def check_folder_fits(source: str | Path, device: str, batch: int, length: int, 
     kept = 1.0 if plan is None else 1 - plan.parameters_removed
     options: dict[str, Any] = {"plan": plan, "batch": batch, "head_rows": head_rows}
     options["dtype"] = torch.bfloat16 if stored < 3 * numbers * kept else torch.float32
-    needed = memory(adapter.geometry(), length=length, **options)
+    needed = memory(adapter.geometry(), length=length, cached=cached, **options)
     free = torch.cuda.mem_get_info(device)[0]
-    fitting = longest(adapter.geometry(), free - stored + needed.weights, **options)
+    room = free - stored + needed.weights
+    fitting = longest(adapter.geometry(), room, cached=cached > 0, **options)
     check_fits(replace(needed, weights=stored), device, fitting, f"{source} with {batch} x {length} tokens")
 
 
