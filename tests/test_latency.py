@@ -146,7 +146,7 @@ def test_a_gpu_too_small_says_how_much_is_needed_and_what_would_fit(latency, mon
     assert len(error) == 2
     assert "left out: LLaDA-8B, 1 x 1024 needs" in error[0]
     assert "GB, 40.0 GB are free: the shape 150M would fit" in error[1]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (74 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (78 * 10**9, 80 * 10**9))
     with pytest.raises(SystemExit, match="2"):
         monkeypatch.setattr(sys, "argv", [*argv, "--batch", "64"])
         latency.main()
