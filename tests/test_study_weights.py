@@ -10,6 +10,10 @@ import pytest
 import torch
 from toys import one_thread, tokens, toy  # noqa: F401
 
+import sinkprune as sp
+from sinkprune.calibration import calibrate
+from sinkprune.sparsification import TEN_LEVELS, sparsity_of, trajectories
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -65,6 +69,44 @@ def test_the_verdict_follows_from_planted_rows(bench, gain, verdict, tmp_path, m
     assert "No GPU was at hand" in text
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == ({"weights.png", "sink_gain.png"} if verdict == "holds" else set())
+
+
+def test_a_study_of_one_model_has_every_row_the_report_reads(bench, tmp_path):
+    study, report = bench("study_weights"), bench("study_weights_report")
+    rows = bench("resumable").Rows(tmp_path / "weights.json", {})
+    model = toy(sharpness=2.0, n_layers=1)
+    study.measure(toy_subject(study.Subject, model), rows, draws=1)
+    assert sparsity_of(model) == pytest.approx(dict.fromkeys(sparsity_of(model), 0.0))
+    text = report._quality(rows.rows, ["tiny"]) + report._verdicts(rows.rows, ["tiny"])
+    assert text.count("sink_sparsegpt") == 4
+    assert "–" not in report._why(rows.rows, ["tiny"])
+    for setting, zeros in (("25 %", 0.25), ("75 %", 0.75), ("2:4", 0.5)):
+        row = rows.rows[f"tiny/{setting}/sink_wanda/0"]
+        assert row["zeros"] == pytest.approx(zeros, abs=0.02)
+    masked = rows.rows["tiny/75 %/wanda/0"]["held_out"]
+    assert masked != rows.rows["tiny/75 %/wanda, unmasked text/0"]["held_out"]
+    assert masked != rows.rows["tiny/75 %/wanda, trajectories/0"]["held_out"]
+
+
+def toy_subject(kind, model):
+    """The study's subject around a toy model that reads random ids."""
+
+    class Subject(kind):
+        def __init__(self):
+            self.name, self.model = "tiny", model
+            self._dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+        def calibration(self, draw):
+            return calibrate(model, tokens(64), sequences=1, length=16, levels=TEN_LEVELS, seed=draw)
+
+        def trajectories(self, draw):
+            return trajectories(model, tokens(1, 4, seed=draw), steps=10, gen_length=12)
+
+        def judge(self, pruned):
+            quality = sp.evaluate(pruned, tokens(64, seed=7), windows=3, length=16, draws=1, levels=())
+            return {text: quality.per_window for text in ("held_out", "out_of_domain")}
+
+    return Subject()
 
 
 SETTINGS = {"calibration draws": 3, "sequences": 8, "windows": 20, "draws": 2, "reactions": 5}
