@@ -37,7 +37,7 @@ PAPER = "sink_variance"
 CRITERIA = (
     PAPER, "sink_variance:gated=true", "sink_mass:keep=strong", "sink_mass:keep=weak", "sink_removed",
     "magnitude", "wanda_head", "wanda_head:soft_sink=true", "output_norm", "output_norm:relative=true",
-    "fluctuation", "flap", "reconstruction", "selected", "taylor", "ablation", "ablation:measure=loss",
+    "fluctuation", "flap", "reconstruction", "taylor", "ablation", "ablation:measure=loss",
     "random",
 )  # fmt: skip
 DATA_FREE = ("magnitude",)
@@ -45,7 +45,7 @@ CHANNEL_RULES = ("magnitude", "wanda", "sink_wanda", "flap")
 HEADLINE = 0.38
 RATIOS = (0.125, 0.25, 0.5, 0.625, 0.75)
 LEVELS = {"tiny": (0.15, 0.5, 0.85), "rxnfp": (0.15, 0.3, 0.5)}
-REPAIRED_ELSEWHERE = (PAPER, "magnitude", "output_norm", "reconstruction", "selected", "random")
+REPAIRED_ELSEWHERE = (PAPER, "magnitude", "output_norm", "reconstruction", "random")
 
 
 @dataclass
@@ -94,10 +94,8 @@ class HeadSubject(Subject):
             evidence = Evidence(None, self.rows(draw, max(1, self.sequences // 4)), draw)
         started = time.monotonic()
         adapter = sp.adapter_for(self.model)
-        rule = criterion_for(criterion)
-        scores = rule.score(adapter, evidence)
-        seconds = round(time.monotonic() - started, 2)
-        return {"scores": scores.tolist(), "scoring": seconds, "chosen": vars(rule).get("chosen", "")}
+        scores = criterion_for(criterion).score(adapter, evidence)
+        return {"scores": scores.tolist(), "scoring": round(time.monotonic() - started, 2)}
 
 
 @dataclass
@@ -135,10 +133,10 @@ class Study:
                     self._parameters("output_norm", rule, draw, HEADLINE, repair)
 
     def ratios(self) -> None:
-        """The other ratios of heads, and of block parameters, on fewer draws."""
+        """The other ratios of heads, and of block parameters, on one draw (random: all)."""
         for ratio in RATIOS:
             for criterion in CRITERIA:
-                for draw in list(self._draws(criterion))[:2]:
+                for draw in range(self.draws if criterion == "random" else 1):
                     self._heads(criterion, draw, ratio)
             for criterion in REPAIRED_ELSEWHERE:
                 self._heads(criterion, 0, ratio, repair="least_squares")

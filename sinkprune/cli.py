@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-DEFAULT_CRITERION = "selected"  # as in planning, which would import torch for --help
+DEFAULT_CRITERION = "reconstruction"  # as in planning, which would import torch for --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
