@@ -300,8 +300,9 @@ def test_the_command_line_plans_for_a_gpu_that_is_not_there(tmp_path, capsys):
     from sinkprune.cli import main
 
     out = tmp_path / "plan.json"
-    target = ["--target-speedup", "1.1", "--latency-table", "H100", "--length", "2048", "--roofs", "H100"]
+    target = ["--target-speedup", "1.1", "--latency-table", "H100", "--length", "2048"]
     arguments = ["plan", "tiny", "--criterion", "magnitude", "--targets", "heads,mlp", "--out", str(out)]
+    arguments += ["--roofs", "H100"]
     assert main([*arguments, *target]) == 0
     plan = sp.PrunePlan.load(out)
     assert plan.details["latency_table"] == "H100 (computed, bfloat16, batch 1)"
