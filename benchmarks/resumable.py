@@ -14,15 +14,19 @@ Row = dict[str, Any]
 
 
 class Rows:
-    """``rows[key]`` of a file; ``settings`` that differ from the file's start it anew."""
+    """``rows[key]`` of a file. Raises ``ValueError`` where the file's rows were measured with other
+    settings."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
         self.rows: dict[str, Row] = {}
         if path.exists():
             document = json.loads(path.read_text())
-            if document["settings"] == settings:
-                self.rows = document["rows"]
+            if document["settings"] != settings:
+                raise ValueError(
+                    f"{path} has rows measured with {document['settings']}, not {settings}: move it away"
+                )
+            self.rows = document["rows"]
 
     def row(self, key: str, measure: Callable[[], Row]) -> Row:
         """The row called ``key``, measured where it is not there, with the seconds it took."""

@@ -37,15 +37,15 @@ PAPER = "sink_variance"
 CRITERIA = (
     PAPER, "sink_variance:gated=true", "sink_mass:keep=strong", "sink_mass:keep=weak", "sink_removed",
     "magnitude", "wanda_head", "wanda_head:soft_sink=true", "output_norm", "output_norm:relative=true",
-    "fluctuation", "flap", "reconstruction", "taylor", "ablation", "ablation:measure=loss",
-    "random",
+    "fluctuation", "flap", "reconstruction", "taylor", "ablation", "random",
 )  # fmt: skip
 DATA_FREE = ("magnitude",)
 CHANNEL_RULES = ("magnitude", "wanda", "sink_wanda", "flap")
 HEADLINE = 0.38
 RATIOS = (0.125, 0.25, 0.5, 0.625, 0.75)
 LEVELS = {"tiny": (0.15, 0.5, 0.85), "rxnfp": (0.15, 0.3, 0.5)}
-REPAIRED_ELSEWHERE = (PAPER, "magnitude", "output_norm", "reconstruction", "random")
+ALIKE = ("sink_mass:keep=strong", "output_norm:relative=true", "wanda_head:soft_sink=true")  # to others
+MAIN = (PAPER, "magnitude", "wanda_head", "output_norm", "flap", "reconstruction", "taylor", "random")
 
 
 @dataclass
@@ -113,24 +113,23 @@ class Study:
         for criterion in CRITERIA:
             for draw in self._draws(criterion):
                 self._heads(criterion, draw, HEADLINE)
-                if name == "tiny":
+                if name == "tiny" and draw < 2:
                     self._heads(criterion, draw, HEADLINE, spare_first=True)
         for criterion in CRITERIA:
-            for draw in range(self.draws):
-                self._heads(criterion, draw, HEADLINE, repair="least_squares")
+            if criterion not in ALIKE:
+                for draw in range(self.draws):
+                    self._heads(criterion, draw, HEADLINE, repair="least_squares")
         for draw in range(self.draws):
             self._heads("flap", draw, HEADLINE, repair="bias")
 
     def parameters(self) -> None:
-        """38 % of block parameters, heads and MLP, one MLP rule for all; then every MLP rule."""
-        for criterion in CRITERIA:
+        """38 % of block parameters, heads and MLP: the main rules, one MLP rule for all; every MLP rule."""
+        rules = [(criterion, "wanda") for criterion in MAIN]
+        rules += [("reconstruction", rule) for rule in CHANNEL_RULES if rule != "wanda"]
+        for criterion, rule in rules:
             for draw in range(min(3, self.draws)):
                 for repair in (None, "least_squares"):
-                    self._parameters(criterion, "wanda", draw, HEADLINE, repair)
-        for rule in CHANNEL_RULES:
-            for draw in range(min(3, self.draws)):
-                for repair in (None, "least_squares"):
-                    self._parameters("output_norm", rule, draw, HEADLINE, repair)
+                    self._parameters(criterion, rule, draw, HEADLINE, repair)
 
     def ratios(self) -> None:
         """The other ratios of heads, and of block parameters, on one draw (random: all)."""
@@ -138,7 +137,8 @@ class Study:
             for criterion in CRITERIA:
                 for draw in range(self.draws if criterion == "random" else 1):
                     self._heads(criterion, draw, ratio)
-            for criterion in REPAIRED_ELSEWHERE:
+        for ratio in RATIOS:
+            for criterion in ("reconstruction", "magnitude"):
                 self._heads(criterion, 0, ratio, repair="least_squares")
                 self._parameters(criterion, "wanda", 0, ratio, "least_squares")
 
@@ -196,9 +196,10 @@ def measure(
     reactions_file: Path | None, draws: int, out: Path, *, quick: bool = False, only: str | None = None
 ) -> Rows:
     """All rows, the headline of every model first; ``only`` one model's."""
-    sizes = Sizes(4, 1, 1, 8) if quick else Sizes(windows=32, draws=2, reactions=96)
+    sizes = Sizes(4, 1, 1, 8) if quick else Sizes(windows=32, draws=2, reactions=80)
     sequences = 2 if quick else 24
-    rows = Rows(out / "heads.json", {**vars(sizes), "draws": draws, "rows": sequences, "length": 128})
+    settings = {"windows": sizes.windows, "masks": sizes.draws, "reactions": sizes.reactions}
+    rows = Rows(out / "heads.json", settings | {"draws": draws, "rows": sequences, "length": 128})
     studies = []
     if only in (None, "tiny"):
         studies.append(Study(HeadSubject("tiny", sizes, sequences), rows, draws))

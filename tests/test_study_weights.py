@@ -1,7 +1,6 @@
 """The weight-level study: rows are kept, verdicts follow from them, left-out tokens are really left out."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -29,14 +28,15 @@ def bench():
                 del sys.modules[name]
 
 
-def test_rows_that_are_there_are_not_measured_again_unless_settings_change(bench, tmp_path):
+def test_rows_that_are_there_are_not_measured_again_and_other_settings_are_refused(bench, tmp_path):
     module = bench("resumable")
     calls = []
-    for settings, expected in (({"windows": 1}, 1), ({"windows": 1}, 1), ({"windows": 2}, 2)):
-        rows = module.Rows(tmp_path / "rows.json", settings)
+    for _ in range(2):
+        rows = module.Rows(tmp_path / "rows.json", {"windows": 2})
         assert rows.row("a", lambda: calls.append(1) or {"loss": 0.5})["loss"] == 0.5
-        assert len(calls) == expected
-    assert json.loads((tmp_path / "rows.json").read_text())["settings"] == {"windows": 2}
+        assert len(calls) == 1
+    with pytest.raises(ValueError, match=r"measured with \{'windows': 2\}, not \{'windows': 1\}"):
+        module.Rows(tmp_path / "rows.json", {"windows": 1})
     with pytest.raises(KeyboardInterrupt):
         rows.row("b", _interrupt)
     assert list(module.Rows(tmp_path / "rows.json", {"windows": 2}).rows) == ["a"]
