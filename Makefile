@@ -3,7 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*)
 
-.PHONY: setup demo test sanitize kernels-table lint clean
+REACTIONS ?=
+
+.PHONY: setup demo test study sanitize kernels-table lint clean
 
 setup: $(VENV)/.built
 
@@ -21,6 +23,11 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest
+
+# Measure every criterion, the claims and weight-level pruning, and write docs/study.md (resumable).
+study: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-study.txt
+	$(BIN)/python benchmarks/study.py $(if $(REACTIONS),--reactions $(REACTIONS))
 
 # 12,000 random calls through a build with address and undefined-behaviour sanitizers (a few minutes).
 sanitize: setup

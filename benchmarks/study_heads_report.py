@@ -91,14 +91,14 @@ def _headline(rows: dict[str, Any], models: list[str]) -> str:
     order = sorted(CRITERIA, key=lambda name: _sum(rows, texts, _key("heads", "least_squares", name)))
     for name in order:
         cells = [
-            _signed(loss(rows, model, text, _key("heads", repair, name)))
+            signed(loss(rows, model, text, _key("heads", repair, name)))
             for model, text, _ in texts
             for repair in REPAIRS
         ]
         whole = loss(rows, "tiny", "held_out", _key("heads, layer 0 whole", None, name))
         shown = f"**{name}**" if name == DEFAULT_CRITERION else name
-        lines.append(f"| {shown} | {' | '.join(cells)} | {_signed(whole)} |")
-    biased = [_signed(loss(rows, m, t, _key("heads", "bias", "flap"))) for m, t, _ in texts]
+        lines.append(f"| {shown} | {' | '.join(cells)} | {signed(whole)} |")
+    biased = [signed(loss(rows, m, t, _key("heads", "bias", "flap"))) for m, t, _ in texts]
     cells = [cell for value in biased for cell in ("", value)]
     lines.append(f"| flap with its own bias repair | {' | '.join(cells)} | |")
     dense = (f"{title} {np.mean(rows[f'{m}/dense'][t]):.3f}" for m, t, title in texts)
@@ -128,7 +128,7 @@ def _default(rows: dict[str, Any], models: list[str]) -> str:
                 ours = losses(rows, model, text, _key("heads", repair, DEFAULT_CRITERION))
                 other = losses(rows, model, text, _key("heads", repair, rival))
                 found = None if ours is None or other is None else difference(ours, other)
-                cells.append(_marked(found))
+                cells.append(marked(found))
                 if found is not None:
                     clear.append(found.high < 0)
         lines.append(f"| {rival} | {' | '.join(cells)} |")
@@ -170,7 +170,7 @@ def _table(rows: dict[str, Any], models: list[str], kind: str, names: tuple[str,
     ]
     for name in sorted(names, key=lambda n: _sum(rows, texts, _key(kind, "least_squares", n))):
         cells = [
-            _signed(loss(rows, model, text, _key(kind, repair, name)))
+            signed(loss(rows, model, text, _key(kind, repair, name)))
             for model, text, _ in texts
             for repair in REPAIRS
         ]
@@ -186,7 +186,7 @@ def _channels(rows: dict[str, Any], models: list[str]) -> str:
     ]
     for rule in CHANNEL_RULES:
         cells = [
-            _signed(loss(rows, model, text, _key(f"parameters, {rule}", repair, "reconstruction")))
+            signed(loss(rows, model, text, _key(f"parameters, {rule}", repair, "reconstruction")))
             for model, text, _ in texts
             for repair in REPAIRS
         ]
@@ -250,12 +250,12 @@ def _pictures(rows: dict[str, Any], models: list[str]) -> None:
     plt.close(figure)
 
 
-def _signed(value: Interval | None) -> str:
+def signed(value: Interval | None) -> str:
     return "–" if value is None else f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
-def _marked(value: Interval | None) -> str:
+def marked(value: Interval | None) -> str:
     if value is None:
         return "–"
     mark = "**" if value.low > 0 or value.high < 0 else ""
-    return f"{mark}{_signed(value)}{mark}"
+    return f"{mark}{signed(value)}{mark}"
