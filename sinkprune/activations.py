@@ -196,11 +196,12 @@ class _Layer:
         keys = float(length) if self.valid is None else self.valid.sum(1)[:, None]
         stands_out = mass * keys >= gate.fair_share
         owner = call.kv_head_of
-        if owner is None:
+        if owner is None:  # upstream code may have repeated its keys for every query head
             owner = torch.arange(heads, device=x.device) // (heads // call.key.shape[1])
         at = sink[..., None, None].expand(-1, -1, 1, width)
         key = call.key.index_select(1, owner).gather(2, at).float()  # [B, H, 1, D]
-        value = self.value.unflatten(-1, (-1, width)).transpose(1, 2).index_select(1, owner)
+        values = torch.tensor(self.geometry.kv_head_of(self.layer), device=x.device)
+        value = self.value.unflatten(-1, (-1, width)).transpose(1, 2).index_select(1, values)
         value = value.gather(2, at).float()
         scale = width**-0.5 if call.scale is None else call.scale
         assert call.lse is not None
