@@ -84,17 +84,20 @@ class HeadSubject(Subject):
 
     def evidence_of(self, draw: int) -> Evidence:
         if draw not in self.evidence:
-            self.evidence[draw] = Evidence(self.profile(draw), self.rows(draw, self.sequences), draw)
+            self.evidence[draw] = Evidence(None, self.rows(draw, self.sequences), draw)
         return self.evidence[draw]
 
     def score(self, criterion: str, draw: int) -> Row:
         self.dense()
         evidence = self.evidence_of(draw)
+        rule = criterion_for(criterion)
+        if rule.needs_profile and evidence.profile is None:
+            evidence.profile = self.profile(draw)
         if criterion.startswith("ablation"):  # a forward per head: on a quarter of the rows
             evidence = Evidence(None, self.rows(draw, max(1, self.sequences // 4)), draw)
         started = time.monotonic()
         adapter = sp.adapter_for(self.model)
-        scores = criterion_for(criterion).score(adapter, evidence)
+        scores = rule.score(adapter, evidence)
         return {"scores": scores.tolist(), "scoring": round(time.monotonic() - started, 2)}
 
 

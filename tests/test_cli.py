@@ -29,8 +29,9 @@ def made(tmp_path_factory):
     prompt = ["--prompt", "My fellow citizens"]
     short = ["--steps", "4", "--gen-length", "8"]
     run("profile", "tiny", *prompt, *short, "--out", folder / "profile.safetensors")
-    run("plan", "tiny", "--profile", folder / "profile.safetensors", "--out", folder / "plan.json")
-    run("apply", "tiny", "--plan", folder / "plan.json", "--out", folder / "pruned")
+    few = ["--calibration-windows", 2, "--calibration-length", 32]
+    run("plan", "tiny", "--profile", folder / "profile.safetensors", *few, "--out", folder / "plan.json")
+    run("apply", "tiny", "--plan", folder / "plan.json", *few, "--out", folder / "pruned")
     return folder
 
 
