@@ -130,7 +130,7 @@ class Study:
         rules = [(criterion, "wanda") for criterion in MAIN]
         rules += [("reconstruction", rule) for rule in CHANNEL_RULES if rule != "wanda"]
         for criterion, rule in rules:
-            for draw in range(min(3, self.draws)):
+            for draw in range(min(2, self.draws)):
                 for repair in (None, "least_squares"):
                     self._parameters(criterion, rule, draw, HEADLINE, repair)
 

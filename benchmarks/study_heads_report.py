@@ -34,7 +34,7 @@ initialised as readers of neighbouring tokens and stayed diffuse, which is no pr
 models at large; rules that take diffuse heads for idle remove them, and pay for that alone."""
 PARAMETERS_TEXT = """## 38 % of the block parameters, heads and MLP
 
-Heads and channels each give 38 % of their own. Channels go by `wanda` whatever the head rule; three
+Heads and channels each give 38 % of their own. Channels go by `wanda` whatever the head rule; two
 calibration draws."""
 CHANNELS_TEXT = """### MLP rules
 
