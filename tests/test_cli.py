@@ -1,11 +1,16 @@
 """The command line on the embedded model: every verb works; bad input gets one clear line and exit code 2."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 import sinkprune as sp
-from sinkprune.cli import main, prompts_from
+from sinkprune import planning
+from sinkprune.cli import main
+from sinkprune.commands import arguments as shared
+from sinkprune.commands.arguments import prompts_from
 
 PROMISED = [
     "model.parameters",
@@ -214,3 +219,23 @@ def test_doctor_says_what_a_model_was_recognised_as(tmp_path, capsys):
     assert "mixes the heads" in json.loads(capsys.readouterr().out)["compact_form"]
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mystery"}))
     assert "mystery" in refused(capsys, "doctor", tmp_path)
+
+
+def test_help_is_light():
+    probe = """
+import sys
+from sinkprune.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    print(sorted({"torch", "numpy", "transformers", "tqdm"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "demo" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_parsers_default_criterion_is_the_plans():
+    assert shared.DEFAULT_CRITERION == planning.DEFAULT_CRITERION

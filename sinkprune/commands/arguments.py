@@ -1,0 +1,170 @@
+"""Flags that several commands share, and the checks of what they were given."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+DEFAULT_CRITERION = "reconstruction"  # as in planning, which would import torch for --help
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], tuple[dict[str, Any], str]],
+    summary: str,
+    example: str,
+    *,
+    device: bool = True,
+) -> argparse.ArgumentParser:
+    """A parser of one command with the flags that all have; ``--device`` where ``device`` is true."""
+    sub = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(run=run)
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    sub.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    if device:
+        sub.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    return sub
+
+
+def add_sampler_flags(sub: argparse.ArgumentParser, gen_length: int) -> None:
+    """What ``sampler_options`` reads; ``gen_length`` is the default number of new tokens."""
+    sub.add_argument("--steps", type=int, default=64, help="forwards (default: %(default)s)")
+    sub.add_argument("--gen-length", type=int, default=gen_length, help="new tokens (%(default)s)")
+    sub.add_argument("--block-length", type=int, help="tokens of a block (default: one block)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the argmax (default)")
+    sub.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
+    sub.add_argument("--seed", type=int, default=0)
+
+
+def add_criterion_flags(sub: argparse.ArgumentParser) -> None:
+    """What is removed, how much of it, and by which rule, with the calibration that rules need."""
+    shown = "(default: %(default)s)"
+    sub.add_argument("--criterion", default=DEFAULT_CRITERION, help=f"rule that orders heads {shown}")
+    sub.add_argument("--ratio", type=float, default=0.38, help=f"share to remove {shown}")
+    sub.add_argument("--unit", default="heads", help=f"heads, parameters or flops {shown}")
+    sub.add_argument("--targets", default="heads", help=f"heads, mlp or heads,mlp {shown}")
+    sub.add_argument(
+        "--channel-rule", default="magnitude", help=f"magnitude, wanda, sink_wanda or flap {shown}"
+    )
+    add_calibration_flags(sub)
+
+
+def add_calibration_flags(sub: argparse.ArgumentParser) -> None:
+    """What ``calibration_rows`` reads."""
+    shown = "(default: %(default)s)"
+    sub.add_argument("--calibration", help="a UTF-8 text of the model's kind (default: the embedded one)")
+    sub.add_argument("--calibration-windows", type=int, default=32, help=f"of that text {shown}")
+    sub.add_argument("--calibration-length", type=int, default=128, help=f"tokens of a window {shown}")
+    sub.add_argument("--seed", type=int, default=0, help="of windows, masks and random rules")
+
+
+def check_device(name: str) -> None:
+    """Raise ``ValueError`` for a device that is not there."""
+    if name == "cpu":
+        return
+    import torch
+
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    index = int(name.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+
+
+def teller(options: argparse.Namespace) -> Callable[[str], None]:
+    """Progress lines on standard error, unless ``--quiet``."""
+
+    def say(line: str) -> None:
+        if not options.quiet:
+            print(f"· {line}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def read_text(path: str | None, embedded: str) -> str:
+    """The text of a file, or without one the text of that name that the package ships."""
+    if path is None:
+        from sinkprune import checkpoint
+
+        return checkpoint.asset(f"text/{embedded}.txt").read_text("utf-8")
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def prompts_from(text: str, tokenizer: Any, *, count: int, tokens: int = 16) -> list[str]:
+    """``count`` prompts of ``tokens`` tokens, evenly spread over ``text``. Raises ``ValueError`` if it is too
+    short."""
+    if tokenizer is None:
+        raise ValueError("taking prompts from a text needs a tokenizer, and the model has none")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if count < 1 or len(ids) < count * tokens:
+        raise ValueError(f"{count} prompts of {tokens} tokens need as many tokens of text, got {len(ids)}")
+    starts = [round(i * (len(ids) - tokens) / max(1, count - 1)) for i in range(count)]
+    return [tokenizer.decode(ids[start : start + tokens]).strip() for start in starts]
+
+
+def calibration_rows(model: Any, tokenizer: Any, options: argparse.Namespace) -> Any:
+    """Masked windows of ``--calibration``, or of the embedded text; None without a tokenizer."""
+    from sinkprune import calibration
+
+    if tokenizer is None and options.calibration is None:
+        return None
+    text = read_text(options.calibration, "calibration")
+    return calibration.calibrate(
+        model,
+        text,
+        tokenizer=tokenizer,
+        sequences=options.calibration_windows,
+        length=options.calibration_length,
+        seed=options.seed,
+    )
+
+
+def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``profile`` and ``generate`` tell the sampler."""
+    names = ("steps", "gen_length", "block_length", "temperature", "cfg_scale", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def output_folder(path: str) -> Path:
+    """The folder, made if need be, before any long work. Raises ``OSError`` where it can't be written."""
+    folder = Path(path)
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, expected a folder to write")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} can't be written")
+    return folder
+
+
+def new_folder(path: str, overwrite: bool) -> Path:
+    """A checkpoint's folder to be, refused before any long work where something is there already."""
+    folder = Path(path)
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"{folder} exists; choose another path, or --overwrite what was saved before")
+    return folder
+
+
+def output_file(path: str) -> Path:
+    """The file's path, its folder checked before any long work."""
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder, expected a file to write")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise FileNotFoundError(f"{file.parent} is not a folder that can be written")
+    return file

@@ -1,0 +1,53 @@
+"""``sinkprune tune`` and ``doctor``: what this machine is, and tiles chosen for it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sinkprune.commands import arguments
+
+
+def add_commands(commands: arguments.Commands) -> None:
+    sub = arguments.add_command(
+        commands,
+        "tune",
+        _tune,
+        "Time the kernels' tiles on this GPU for a model's shapes and keep the fastest (opt-in).",
+        "sinkprune tune path/to/LLaDA-8B --length 1024 --length 4096 --device cuda",
+    )
+    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("--length", type=int, action="append", required=True, help="may be repeated")
+    sub.add_argument("--batch", type=int, default=1)
+
+    sub = arguments.add_command(
+        commands,
+        "doctor",
+        _doctor,
+        "Versions, hardware, and which backend runs what; or what a model is to the package.",
+        "sinkprune doctor --json; sinkprune doctor tiny",
+        device=False,
+    )
+    sub.add_argument("model", nargs="?", help="tiny, or a local folder: say what it was recognised as")
+
+
+def _tune(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Time the shipped tiles on this GPU for a model's shapes, and keep the fastest."""
+    from sinkprune import doctor, tuning
+
+    facts = doctor.recognise(options.model)
+    shapes = [
+        tuning.Shape(heads, max(facts["kv_heads"]), facts["head_dim"], length, length, options.batch)
+        for heads in facts["heads"]
+        for length in options.length
+    ]
+    lines: list[str] = []
+    chosen = tuning.tune(shapes, options.device, report=lines.append)
+    return {"shapes": len(shapes), "chosen": {str(k): str(v) for k, v in chosen.items()}}, "\n".join(lines)
+
+
+def _doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from sinkprune import doctor
+
+    facts = doctor.diagnose() if options.model is None else doctor.recognise(options.model)
+    return facts, doctor.describe(facts)

@@ -1,0 +1,128 @@
+"""``sinkprune eval``: what a model predicts and writes, alone or against another."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sinkprune.commands import arguments
+
+
+def add_commands(commands: arguments.Commands) -> None:
+    sub = arguments.add_command(
+        commands,
+        "eval",
+        _eval,
+        "Quality on text: the masked NLL bound, and what the model writes; paired with another model's.",
+        "sinkprune eval pruned/ --against tiny --text held_out.txt --generation",
+    )
+    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("--against", help="another model, say the dense one: differences with 95 %% intervals")
+    sub.add_argument("--text", help="a UTF-8 text file (default: the embedded held-out text)")
+    sub.add_argument("--windows", type=int, default=32, help="windows of text (default: %(default)s)")
+    sub.add_argument("--length", type=int, default=128, help="tokens of a window (default: %(default)s)")
+    sub.add_argument("--levels", default="0.15,0.5,0.9", help="noise levels (default: %(default)s)")
+    sub.add_argument("--highest-noise", type=float, default=1.0, help="of the bound (default: %(default)s)")
+    sub.add_argument("--generation", action="store_true", help="also infill and continue half of each window")
+    sub.add_argument("--scorer", help="folder of a causal LM that gives generated text its perplexity")
+
+
+def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from dataclasses import asdict
+
+    from tqdm import tqdm
+
+    from sinkprune import checkpoint, evaluation
+
+    text = arguments.read_text(options.text, "held_out")
+    loaded = [
+        checkpoint.load(path, device=options.device)
+        for path in (options.model, options.against)
+        if path is not None
+    ]
+    with tqdm(desc="evaluating", unit="forward", disable=options.quiet) as bar:
+        qualities = [
+            evaluation.evaluate(
+                model,
+                text,
+                tokenizer=tokenizer,
+                windows=options.windows,
+                length=options.length,
+                levels=_numbers(options.levels),
+                highest_noise=options.highest_noise,
+                progress=bar.update,
+            )
+            for model, tokenizer in loaded
+        ]
+    quality = qualities[0]
+    levels = ", ".join(f"t={t}: {loss:.3f}" for t, loss in quality.at_level.items())
+    result, line = (
+        asdict(quality),
+        f"NLL bound {quality.nll:.4f} ± {quality.nll_se:.4f} nat per token; {levels}",
+    )
+    if options.against:
+        of = {"nll": None} | {f"t={t}": t for t in quality.at_level}
+        differences = {name: quality.interval(qualities[1], level) for name, level in of.items()}
+        result["against"] = asdict(qualities[1])
+        result["difference"] = {name: interval._asdict() for name, interval in differences.items()}
+        line += f"\nagainst {options.against} (95 % intervals):" + _lines(differences)
+    if options.generation:
+        result["generation"], more = _eval_generation(options, text, loaded)
+        line += more
+    return result, line
+
+
+def _eval_generation(
+    options: argparse.Namespace, text: str, loaded: list[tuple[Any, Any]]
+) -> tuple[dict[str, Any], str]:
+    from tqdm import tqdm
+
+    from sinkprune import generation_quality
+
+    scorer = None
+    if options.scorer:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        judge = AutoModelForCausalLM.from_pretrained(options.scorer, local_files_only=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(options.scorer, local_files_only=True)
+        scorer = generation_quality.CausalScorer(judge.to(options.device), tokenizer)
+    half = options.length // 2
+    with tqdm(desc="generating", unit="forward", disable=options.quiet) as bar:
+        qualities = [
+            generation_quality.evaluate_generation(
+                model,
+                tokenizer,
+                text,
+                scorer=scorer,
+                windows=options.windows,
+                prompt_length=options.length - half,
+                gen_length=half,
+                progress=bar.update,
+            )
+            for model, tokenizer in loaded
+        ]
+    quality = qualities[0]
+    result: dict[str, Any] = {"measures": quality.summary()}
+    lines = "\ngenerated (95 % intervals):" + _lines({k: m.interval() for k, m in quality.measures.items()})
+    if options.against:
+        for name, found in (
+            ("difference", quality.minus(qualities[1])),
+            ("likeness", quality.likeness(qualities[1])),
+        ):
+            result[name] = {key: interval._asdict() for key, interval in found.items()}
+            lines += f"\n{name} to {options.against}:" + _lines(found)
+    return result, lines
+
+
+def _lines(intervals: dict[str, Any]) -> str:
+    return "".join(
+        f"\n  {name:<24} {i.mean:9.4f}  [{i.low:.4f}, {i.high:.4f}]" for name, i in intervals.items()
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers between commas. Raises ``ValueError``."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"expected numbers between commas, got {text!r}") from None

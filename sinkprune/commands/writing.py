@@ -1,0 +1,58 @@
+"""``sinkprune generate``: a prompt continued."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sinkprune.commands import arguments
+
+
+def add_commands(commands: arguments.Commands) -> None:
+    sub = arguments.add_command(
+        commands,
+        "generate",
+        _generate,
+        "Continue a prompt.",
+        'sinkprune generate tiny "My fellow citizens" --steps 64 --gen-length 64',
+    )
+    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("prompt")
+    arguments.add_sampler_flags(sub, 64)
+    sub.add_argument("--algorithm", help="low_confidence, random, or Dream's origin, maskgit_plus, …")
+    sub.add_argument("--threshold", type=float, help="commit all tokens this sure, instead of --steps")
+    sub.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs (nothing on CPU)")
+    sub.add_argument("--cache", help="prefix, dual or dllm (approximate), block (block-causal models)")
+
+
+def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from sinkprune import checkpoint, footprint, generation, windows
+
+    block = options.block_length or options.gen_length
+    total = len(options.prompt.split()) + options.gen_length  # at least
+    batch = 2 if options.cfg_scale else 1
+    held = total if options.cache else 0
+    footprint.check_folder_fits(options.model, options.device, batch, total, block, held)
+    model, tokenizer = checkpoint.load(options.model, device=options.device)
+    cache = windows.new_cache(options.cache)
+    steps: list[generation.Step] = []
+    text = generation.generate(
+        model,
+        tokenizer,
+        options.prompt,
+        progress=not options.quiet,
+        callback=steps.append,
+        algorithm=options.algorithm,
+        threshold=options.threshold,
+        cache=cache,
+        graphs=options.graphs,
+        **arguments.sampler_options(options),
+    )
+    result = {"prompt": options.prompt, "text": text, "forwards": len(steps)}
+    if cache is not None:
+        result |= {"cache_bytes": cache.bytes, "cache_bytes_saved": windows.saved_bytes(model, cache)}
+        arguments.teller(options)(
+            f"{len(steps)} forwards; the cache took {cache.bytes / 1e6:.2f} MB, "
+            f"{result['cache_bytes_saved'] / 1e6:.2f} MB less than the dense model's"
+        )
+    return result, str(text)
