@@ -119,7 +119,7 @@ def text_rows(
         return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.long), None
     encoded = [tokenizer.encode(row, add_special_tokens=False)[:length] for row in text]
     if not encoded or not all(encoded):
-        raise ValueError("every calibration text needs at least one token, and there must be one text")
+        raise ValueError("every text needs at least one token, and there must be one text")
     longest = max(map(len, encoded))
     pad = tokenizer.pad_token_id or 0
     rows = torch.tensor([row + [pad] * (longest - len(row)) for row in encoded])
