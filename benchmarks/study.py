@@ -37,8 +37,9 @@ Two models: "tiny", which this package ships (6.0 M parameters, 6 layers of 8 he
 presidential speeches), and `rxnfp` (6.7 M, 12 x 4 heads), a masked language model of chemical reactions that
 nobody here trained. Both are small. What holds for LLaDA-8B or Dream-7B has to be measured there.
 
-What follows from it: `{default}` is the default criterion, and least-squares repair what `sp.apply` does with
-calibration rows. The paper's rule is `criterion="{paper}"`."""
+What follows from it: `{default}` is the default criterion, `flap` the default rule for MLP channels, and
+least-squares repair what `sp.apply` does with calibration rows; `sp.sparsify` defaults to `sparsegpt`. The
+paper's rule is `criterion="{paper}"`, its weight-level methods are `sink_wanda` and `sink_sparsegpt`."""
 
 
 def page(out: Path) -> str:

@@ -140,7 +140,7 @@ def plan(
     *,
     calibration: Calibration | None = None,
     targets: Iterable[str] = ("heads",),
-    channel_rule: str = "magnitude",
+    channel_rule: str | None = None,
     length: int | None = None,
     target_speedup: float | None = None,
     target_latency: float | None = None,
@@ -167,7 +167,7 @@ def plan(
         targets: with a unit other than heads: ``"heads"``, ``"mlp"`` or both, each giving the same share of
             its own.
         channel_rule: which MLP channels go first: ``"magnitude"``, ``"wanda"``, ``"sink_wanda"`` or
-            ``"flap"``.
+            ``"flap"``; None = ``"flap"`` with calibration rows, else ``"magnitude"``.
         length: tokens of a forward, for ``unit="flops"`` (None: 1024) and for a target (None: the only length
             of the table).
         target_speedup, target_latency: instead of a ratio and its unit: how many times faster than dense a
@@ -198,6 +198,8 @@ def plan(
         allocation, min_heads, max_layer_share, round_heads, round_channels, whole_groups, whole_layers
     )
     evidence = Evidence(profile, calibration, seed)
+    if channel_rule is None:
+        channel_rule = "magnitude" if calibration is None else "flap"
     timed = target_speedup is not None or target_latency is not None or latency_table is not None
     if timed:
         ratio, unit = 0.0, "parameters"

@@ -56,9 +56,7 @@ def add_criterion_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--ratio", type=float, default=0.38, help=f"share to remove {shown}")
     sub.add_argument("--unit", default="heads", help=f"heads, parameters or flops {shown}")
     sub.add_argument("--targets", default="heads", help=f"heads, mlp or heads,mlp {shown}")
-    sub.add_argument(
-        "--channel-rule", default="magnitude", help=f"magnitude, wanda, sink_wanda or flap {shown}"
-    )
+    sub.add_argument("--channel-rule", help="of MLP channels: magnitude, wanda, sink_wanda or flap (default)")
     add_calibration_flags(sub)
 
 

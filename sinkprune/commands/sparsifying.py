@@ -19,7 +19,7 @@ def add_commands(commands: arguments.Commands) -> None:
     sub.add_argument("model", help="tiny, or a local folder")
     sub.add_argument(
         "--method",
-        default="sink_wanda",
+        default="sparsegpt",
         help="magnitude, wanda, sparsegpt, sink_wanda or sink_sparsegpt (default: %(default)s)",
     )
     sub.add_argument("--sparsity", type=float, default=0.5, help="share of zeros (default: %(default)s)")

@@ -29,7 +29,7 @@ SPARSE_ALREADY = 0.1  # share of exact zeros in one matrix
 @torch.no_grad()
 def sparsify(
     model: nn.Module,
-    method: str = "sink_wanda",
+    method: str = "sparsegpt",
     sparsity: float = 0.5,
     pattern: str = "unstructured",
     calibration: Calibration | None = None,
