@@ -10,10 +10,12 @@ from sinkprune.sparsification import sparsity_of
 
 SMALL = ["--sequences", "1", "--length", "64", "--quiet"]
 
+COMMAND = ["sparsify", "tiny", "--method", "sink_wanda"]
+
 
 def test_the_command_writes_a_checkpoint_that_loads_sparse(tmp_path, capsys):
     out = tmp_path / "sparse"
-    assert main(["sparsify", "tiny", "--pattern", "2:4", "--out", str(out), "--json", *SMALL]) == 0
+    assert main([*COMMAND, "--pattern", "2:4", "--out", str(out), "--json", *SMALL]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["method"], result["sparsity"], result["pattern"]) == ("sink_wanda", 0.5, "2:4")
     model, tokenizer = sp.load(out)
