@@ -1,6 +1,6 @@
 """Weight-level pruning, phase schedules, token-wise pruning and int8, measured.
 
-    python benchmarks/study_weights.py [--reactions FILE] [--draws 3] [--quick] [--out DIR]
+    python benchmarks/study_weights.py [--reactions FILE] [--draws 2] [--quick] [--out DIR]
 
 On "tiny" (speeches held out, and the King James Bible) and, with a file of reactions, on rxnfp. Every method
 of one setting sees the same calibration rows; every model is judged on the same windows and masks. Rows are
@@ -219,7 +219,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reactions", type=Path, help="a file of reaction SMILES, one a line")
-    parser.add_argument("--draws", type=int, default=3, help="calibration draws (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=2, help="calibration draws (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a small slice, to see that it works")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/study")
     options = parser.parse_args()
