@@ -129,11 +129,14 @@ def text_rows(
 
 def draw_masks(maskable: Tensor, level: float, generator: torch.Generator) -> Tensor:
     """A random ``level`` of each row's maskable tokens, rounded, at least one: bool like ``maskable``."""
-    order = (
-        torch.rand(maskable.shape, generator=generator).masked_fill(~maskable, 2.0).argsort(-1).argsort(-1)
-    )
     counts = (maskable.sum(1) * level).round().clamp(min=1)
-    return (order < counts[:, None]) & maskable
+    return (random_ranks(maskable, generator) < counts[:, None]) & maskable
+
+
+def random_ranks(maskable: Tensor, generator: torch.Generator) -> Tensor:
+    """A random order of each row's maskable tokens, from 0; the others come after them."""
+    noise = torch.rand(maskable.shape, generator=generator)
+    return noise.masked_fill(~maskable, 2.0).argsort(-1).argsort(-1)
 
 
 class BlockStream:

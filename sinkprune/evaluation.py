@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from sinkprune.adapters import adapter_for
-from sinkprune.calibration import text_rows
+from sinkprune.calibration import random_ranks, text_rows
 from sinkprune.intervals import Interval, bootstrap_difference
 
 NOISE_LEVELS = (0.15, 0.5, 0.9)
@@ -143,7 +143,7 @@ def evaluate(
     per_window = losses.view(draws, len(rows)).mean(0)
 
     per_window_at_level, per_window_accuracy = {}, {}
-    ranks = _ranks(maskable, generator)
+    ranks = random_ranks(maskable, generator)
     for level in levels:
         counts = (maskable.sum(1) * level).round().clamp(min=1)
         loss, right = measure(rows, ranks < counts[:, None], valid)
@@ -174,13 +174,7 @@ def bound_masks(
     repeated = maskable.repeat(draws, 1)
     most = (repeated.sum(1) * highest_noise).round().clamp(min=1)
     counts = (share * most).long().minimum(most - 1) + 1
-    return _ranks(repeated, generator) < counts[:, None]
-
-
-def _ranks(maskable: Tensor, generator: torch.Generator) -> Tensor:
-    """A random order of each row's maskable tokens, from 0; the others come after them."""
-    noise = torch.rand(maskable.shape, generator=generator)
-    return noise.masked_fill(~maskable, 2.0).argsort(-1).argsort(-1)
+    return random_ranks(repeated, generator) < counts[:, None]
 
 
 @dataclass

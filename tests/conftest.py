@@ -3,11 +3,17 @@ GPU."""
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 # Read when a kernel's module is imported, so it is set before any test is. With a GPU the kernels run there.
 if not torch.cuda.is_available():
@@ -34,3 +40,15 @@ def fixed_seed() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script of benchmarks/ by name, as the scripts import each other; gone afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        before = set(sys.modules)
+        yield importlib.import_module
+        for name in set(sys.modules) - before:
+            if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]

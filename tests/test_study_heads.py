@@ -1,27 +1,10 @@
 """The head study: a slice of it end to end, on the embedded model, and the page that is written from it."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from toys import one_thread  # noqa: F401
-
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The benchmark scripts, importable as they import each other; gone afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        before = set(sys.modules)
-        yield importlib.import_module
-        for name in set(sys.modules) - before:
-            if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-                del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

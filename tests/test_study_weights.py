@@ -1,8 +1,6 @@
 """The weight-level study: rows are kept, verdicts follow from them, left-out tokens are really left out."""
 
-import importlib
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,20 +10,6 @@ from toys import one_thread, tokens, toy  # noqa: F401
 import sinkprune as sp
 from sinkprune.calibration import calibrate
 from sinkprune.sparsification import TEN_LEVELS, sparsity_of, trajectories
-
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """Imports a script of benchmarks/ by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        before = set(sys.modules)
-        yield importlib.import_module
-        for name in set(sys.modules) - before:
-            if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-                del sys.modules[name]
 
 
 def test_rows_that_are_there_are_not_measured_again_and_other_settings_are_refused(bench, tmp_path):
