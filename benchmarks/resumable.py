@@ -1,12 +1,14 @@
 """Rows of a study in one JSON file: what is there is not measured again, and every new row is written at
-once."""
+once. Several processes may add to one file."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,7 @@ class Rows:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
-        self.rows: dict[str, Row] = {}
-        if path.exists():
-            document = json.loads(path.read_text())
-            if document["settings"] != settings:
-                raise ValueError(
-                    f"{path} has rows measured with {document['settings']}, not {settings}: move it away"
-                )
-            self.rows = document["rows"]
+        self.rows = self._read()
 
     def row(self, key: str, measure: Callable[[], Row]) -> Row:
         """The row called ``key``, measured where it is not there, with the seconds it took."""
@@ -34,12 +29,36 @@ class Rows:
             started = time.monotonic()
             row = measure()
             self.rows[key] = {**row, "seconds": round(time.monotonic() - started, 1)}
-            self._write()
+            with self._alone():
+                self.rows = self._read() | {key: self.rows[key]}
+                self._write()
             print(f"{key}: {self.rows[key]['seconds']} s", flush=True)
         return self.rows[key]
 
-    def _write(self) -> None:
+    def _read(self) -> dict[str, Row]:
+        if not self.path.exists():
+            return {}
+        document = json.loads(self.path.read_text())
+        if document["settings"] != self.settings:
+            raise ValueError(
+                f"{self.path} has rows measured with {document['settings']}, not {self.settings}: "
+                "move it away"
+            )
+        rows: dict[str, Row] = document["rows"]
+        return rows
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process adds a row meanwhile: they wait for the folder's lock."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _write(self) -> None:
         part = self.path.with_name(self.path.name + ".part")
         part.write_text(json.dumps({"settings": self.settings, "rows": self.rows}) + "\n")
         os.replace(part, self.path)

@@ -1,17 +1,20 @@
 """The whole study: which heads and weights to remove, and what is true of sinks. Writes docs/study.md.
 
-    python benchmarks/study.py [--reactions FILE] [--page] [--quick] [--out DIR]
+    python benchmarks/study.py [--reactions FILE] [--page] [--quick] [--jobs N] [--out DIR]
 
 Three stages, each resumable: ``study_heads`` (heads.json), ``study_claims`` (claims.json) and
-``study_weights`` (weights.json). ``--page`` only writes the page, from what is there.
+``study_weights`` (weights.json). Their parts for each model run side by side, a thread each; what is timed
+runs last, alone. What they print goes to ``<part>.log``. ``--page`` only writes the page, from what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import study_heads_report
 import study_weights_report
 from study_heads import PAPER
 from study_heads_report import losses, marked
+from tqdm import tqdm
 
 from sinkprune.intervals import Interval
 from sinkprune.planning import DEFAULT_CRITERION
@@ -171,21 +175,51 @@ def _generation(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def run(out: Path, reactions: Path | None, jobs: int, *, quick: bool) -> None:
+    """Measure what is not there yet. Raises ``RuntimeError`` that names the log of a part that failed."""
+    models = ("tiny",) if reactions is None else ("rxnfp", "tiny")
+    parts = [(stage, model) for stage in ("heads", "weights") for model in models] + [("claims", None)]
+    if reactions is not None and not reactions.is_file():
+        raise FileNotFoundError(f"no file of reactions at {reactions}")
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(parts) + 1, unit="part") as bar:
+
+        def measure(part: tuple[str, str | None]) -> None:
+            _part(out, reactions, *part, quick=quick)
+            bar.update()
+
+        with ThreadPoolExecutor(jobs) as pool:
+            for _ in pool.map(measure, parts):
+                pass
+        measure(("weights", "timed"))
+
+
+def _part(out: Path, reactions: Path | None, stage: str, only: str | None, *, quick: bool) -> None:
+    command = [sys.executable, str(FOLDER / f"study_{stage}.py"), "--out", str(out)]
+    command += ["--quick"] if quick else []
+    command += [] if only is None else ["--only", only]
+    command += ["--reactions", str(reactions)] if only == "rxnfp" else []
+    log = out / f"{stage}-{only or 'all'}.log"
+    environment = os.environ if only == "timed" else os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("a") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: see {log}")
+
+
 def main() -> None:
+    cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reactions", type=Path, help="a file of reaction SMILES, one a line")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--quick", action="store_true", help="a small slice, to see that it works")
+    parser.add_argument("--jobs", type=int, default=cores, help="parts side by side (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/study")
     options = parser.parse_args()
-    for stage in () if options.page else STAGES:
-        command = [sys.executable, str(FOLDER / f"study_{stage}.py"), "--out", str(options.out)]
-        command += ["--quick"] if options.quick else []
-        if options.reactions is not None and stage != "claims":
-            command += ["--reactions", str(options.reactions)]
-        subprocess.run(command, check=True)
+    if not options.page:
+        run(options.out, options.reactions, options.jobs, quick=options.quick)
     text = page(options.out)
     target = (
         PAGE

@@ -1,6 +1,6 @@
 """Which heads to remove: every criterion, at several ratios and calibration draws, with and without repair.
 
-    python benchmarks/study_heads.py [--reactions FILE] [--draws 5] [--quick] [--out DIR]
+    python benchmarks/study_heads.py [--reactions FILE] [--only MODEL] [--quick] [--out DIR]
 
 On "tiny" (speeches held out, and the King James Bible) and, with a file of reactions, on rxnfp. Scores are
 computed once a draw and kept as rows of their own; a plan that two criteria agree on is judged once. Every
@@ -41,6 +41,7 @@ CRITERIA = (
 )  # fmt: skip
 DATA_FREE = ("magnitude",)
 CHANNEL_RULES = ("magnitude", "wanda", "sink_wanda", "flap")
+CHANNEL_RULE = "flap"  # what all head rules are compared with
 HEADLINE = 0.38
 RATIOS = (0.125, 0.25, 0.5, 0.625, 0.75)
 LEVELS = {"tiny": (0.15, 0.5, 0.85), "rxnfp": (0.15, 0.3, 0.5)}
@@ -93,8 +94,8 @@ class HeadSubject(Subject):
         rule = criterion_for(criterion)
         if rule.needs_profile and evidence.profile is None:
             evidence.profile = self.profile(draw)
-        if criterion.startswith("ablation"):  # a forward per head: on a quarter of the rows
-            evidence = Evidence(None, self.rows(draw, max(1, self.sequences // 4)), draw)
+        if criterion.startswith("ablation"):  # a forward per head: on half of the rows
+            evidence = Evidence(None, self.rows(draw, max(1, self.sequences // 2)), draw)
         started = time.monotonic()
         adapter = sp.adapter_for(self.model)
         scores = rule.score(adapter, evidence)
@@ -127,10 +128,10 @@ class Study:
 
     def parameters(self) -> None:
         """38 % of block parameters, heads and MLP: the main rules, one MLP rule for all; every MLP rule."""
-        rules = [(criterion, "wanda") for criterion in MAIN]
-        rules += [("reconstruction", rule) for rule in CHANNEL_RULES if rule != "wanda"]
+        rules = [(criterion, CHANNEL_RULE) for criterion in MAIN]
+        rules += [("reconstruction", rule) for rule in CHANNEL_RULES if rule != CHANNEL_RULE]
         for criterion, rule in rules:
-            for draw in range(min(2, self.draws)):
+            for draw in range(self.draws):
                 for repair in (None, "least_squares"):
                     self._parameters(criterion, rule, draw, HEADLINE, repair)
 
@@ -143,7 +144,7 @@ class Study:
         for ratio in RATIOS:
             for criterion in ("reconstruction", "magnitude"):
                 self._heads(criterion, 0, ratio, repair="least_squares")
-                self._parameters(criterion, "wanda", 0, ratio, "least_squares")
+                self._parameters(criterion, CHANNEL_RULE, 0, ratio, "least_squares")
 
     def _draws(self, criterion: str) -> range:
         return range(1 if criterion in DATA_FREE else self.draws)
@@ -199,7 +200,7 @@ def measure(
     reactions_file: Path | None, draws: int, out: Path, *, quick: bool = False, only: str | None = None
 ) -> Rows:
     """All rows, the headline of every model first; ``only`` one model's."""
-    sizes = Sizes(4, 1, 1, 8) if quick else Sizes(windows=32, draws=2, reactions=80)
+    sizes = Sizes(4, 1, 1, 8) if quick else Sizes(windows=96, draws=1, reactions=300)
     sequences = 2 if quick else 24
     settings = {"windows": sizes.windows, "masks": sizes.draws, "reactions": sizes.reactions}
     rows = Rows(out / "heads.json", settings | {"draws": draws, "rows": sequences, "length": 128})
@@ -220,7 +221,7 @@ def main() -> None:
     )
     parser.add_argument("--reactions", type=Path, help="a file of reaction SMILES, one a line")
     parser.add_argument("--draws", type=int, default=5, help="calibration draws (default: %(default)s)")
-    parser.add_argument("--only", choices=("tiny", "rxnfp"), help="one model, to run two at once")
+    parser.add_argument("--only", choices=("tiny", "rxnfp"), help="one model")
     parser.add_argument("--quick", action="store_true", help="a small slice, to see that it works")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/study")
     options = parser.parse_args()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study_heads import CHANNEL_RULES, CRITERIA, HEADLINE, MAIN, PAPER, RATIOS
+from study_heads import CHANNEL_RULE, CHANNEL_RULES, CRITERIA, HEADLINE, MAIN, PAPER, RATIOS
 
 from sinkprune.intervals import Interval, bootstrap_difference
 from sinkprune.planning import DEFAULT_CRITERION
@@ -28,14 +28,14 @@ HEADLINE_TEXT = """## Which heads: 38 % of them removed
 Nats per masked token above the dense model; 95 % intervals, paired over texts and, where a rule looks at
 data, {draws} calibration draws of {rows} windows at three noise levels. The same windows and masks for all.
 "Repaired" is the least-squares refit on the rows of the draw. Ablation removes one head at a time, on a
-quarter of those rows."""
+half of those rows."""
 LAYER_0 = """Layer 0 whole: the same rules, with tiny's layer 0 out of their reach. Its heads were
 initialised as readers of neighbouring tokens and stayed diffuse, which is no property of masked diffusion
 models at large; rules that take diffuse heads for idle remove them, and pay for that alone."""
 PARAMETERS_TEXT = """## 38 % of the block parameters, heads and MLP
 
-Heads and channels each give 38 % of their own. Channels go by `wanda` whatever the head rule; two
-calibration draws."""
+Heads and channels each give 38 % of their own. Channels go by `{rule}` whatever the head rule."""
+AGAINST_TEXT = "Below 0, the default is better; bold, the interval leaves 0 out."
 CHANNELS_TEXT = """### MLP rules
 
 The same with heads by `reconstruction` and every channel rule."""
@@ -49,8 +49,18 @@ def section(results: dict[str, Any]) -> str:
     rows, settings = results["rows"], results["settings"]
     models = [model for model in TEXTS if f"{model}/dense" in rows]
     heading = HEADLINE_TEXT.format(command=COMMAND, **settings)
-    parts = [heading, _headline(rows, models), _default(rows, models), _gap(rows, models), LAYER_0]
-    parts += [PARAMETERS_TEXT, _table(rows, models, "parameters, wanda", MAIN)]
+    against = f"### The default, `{DEFAULT_CRITERION}`, against its rivals\n\n{AGAINST_TEXT}"
+    parts = [
+        heading,
+        _headline(rows, models),
+        against,
+        _against(rows, models, "heads"),
+        _gap(rows, models),
+        LAYER_0,
+    ]
+    kind = f"parameters, {CHANNEL_RULE}"
+    parts += [PARAMETERS_TEXT.format(rule=CHANNEL_RULE), _table(rows, models, kind, MAIN)]
+    parts += ["The default against its rivals, as above:", _against(rows, models, kind)]
     parts += [CHANNELS_TEXT, _channels(rows, models), RATIOS_TEXT, _ratios(rows, models), _cost(rows)]
     _pictures(rows, models)
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -110,29 +120,31 @@ def _sum(rows: dict[str, Any], texts: list[tuple[str, str, str]], key: str) -> f
     return sum(np.inf if value is None else value.mean for value in found)
 
 
-def _default(rows: dict[str, Any], models: list[str]) -> str:
+def _against(rows: dict[str, Any], models: list[str], kind: str) -> str:
     """The default rule minus each rival, paired over texts and draws."""
     lines = [
-        f"### The default, `{DEFAULT_CRITERION}`, against its rivals",
-        "",
-        "Below 0, the default is better; bold, the interval leaves 0 out.",
-        "",
         "| rival | " + " | ".join(f"{title} | repaired" for _, _, title in _texts(models)) + " |",
         "|---" * (1 + 2 * len(_texts(models))) + "|",
     ]
     clear: list[bool] = []
+    worse: list[bool] = []
     for rival in RIVALS:
         cells = []
         for model, text, _ in _texts(models):
             for repair in REPAIRS:
-                ours = losses(rows, model, text, _key("heads", repair, DEFAULT_CRITERION))
-                other = losses(rows, model, text, _key("heads", repair, rival))
+                ours = losses(rows, model, text, _key(kind, repair, DEFAULT_CRITERION))
+                other = losses(rows, model, text, _key(kind, repair, rival))
                 found = None if ours is None or other is None else difference(ours, other)
                 cells.append(marked(found))
                 if found is not None:
                     clear.append(found.high < 0)
+                    worse.append(found.low > 0)
         lines.append(f"| {rival} | {' | '.join(cells)} |")
-    lines += ["", f"The default is clearly better in {sum(clear)} of {len(clear)} comparisons."]
+    lines += [
+        "",
+        f"The default is clearly better in {sum(clear)} of {len(clear)} comparisons, clearly worse in "
+        f"{sum(worse)}.",
+    ]
     return "\n".join(lines)
 
 

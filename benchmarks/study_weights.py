@@ -1,6 +1,6 @@
 """Weight-level pruning, phase schedules, token-wise pruning and int8, measured.
 
-    python benchmarks/study_weights.py [--reactions FILE] [--draws 2] [--quick] [--out DIR]
+    python benchmarks/study_weights.py [--reactions FILE] [--only PART] [--quick] [--out DIR]
 
 On "tiny" (speeches held out, and the King James Bible) and, with a file of reactions, on rxnfp. Every method
 of one setting sees the same calibration rows; every model is judged on the same windows and masks. Rows are
@@ -66,7 +66,9 @@ class Subject:
             self.model, self.tokenizer = reactions.load()
             ids, valid = reactions.read_reactions(reactions_file, self.tokenizer, most_tokens=96)
             order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
-            self.judged, self.judged_valid = (x[order[: sizes.reactions]] for x in (ids, valid))
+            judged = order[: sizes.reactions]
+            judged = judged[valid[judged].sum(1).argsort(stable=True)]  # by length: little is padded
+            self.judged, self.judged_valid = ids[judged], valid[judged]
             self.rest, self.rest_valid = (x[order[sizes.reactions :]] for x in (ids, valid))
         self._dense = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
@@ -220,19 +222,20 @@ def main() -> None:
     )
     parser.add_argument("--reactions", type=Path, help="a file of reaction SMILES, one a line")
     parser.add_argument("--draws", type=int, default=2, help="calibration draws (default: %(default)s)")
+    parser.add_argument("--only", choices=("tiny", "rxnfp", "timed"), help="a model's, or what is timed")
     parser.add_argument("--quick", action="store_true", help="a small slice, to see that it works")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/study")
     options = parser.parse_args()
     sizes = Sizes(4, 1, 1, 8) if options.quick else Sizes()
     draws = 1 if options.quick else options.draws
     rows = Rows(options.out / "weights.json", {**vars(sizes), "calibration draws": draws, "length": 128})
-    measure(Subject("tiny", sizes), rows, draws)
-    if options.reactions is not None:
+    if options.only in (None, "tiny"):
+        measure(Subject("tiny", sizes), rows, draws)
+    if options.only in (None, "rxnfp") and options.reactions is not None:
         measure(Subject("rxnfp", sizes, options.reactions), rows, draws)
-    windows = sizes.windows
-    phases.measure(rows, windows)
-    token_pruning.measure(rows, windows)
-    quantised.measure(rows, windows)
+    if options.only in (None, "timed"):
+        for part in (phases, token_pruning, quantised):
+            part.measure(rows, sizes.windows)
     print(f"wrote {rows.path}")
 
 

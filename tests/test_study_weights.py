@@ -27,6 +27,15 @@ def test_rows_that_are_there_are_not_measured_again_and_other_settings_are_refus
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 
+def test_rows_of_two_processes_in_one_file_are_all_kept(bench, tmp_path):
+    one, other = (bench("resumable").Rows(tmp_path / "rows.json", {}) for _ in range(2))
+    one.row("a", lambda: {"loss": 1.0})
+    other.row("b", lambda: {"loss": 2.0})
+    one.row("c", lambda: {"loss": 3.0})
+    assert one.row("b", _interrupt)["loss"] == 2.0
+    assert sorted(bench("resumable").Rows(tmp_path / "rows.json", {}).rows) == ["a", "b", "c"]
+
+
 def _interrupt():
     raise KeyboardInterrupt
 
