@@ -21,7 +21,8 @@ from sinkprune.costs import (
     step_operations,
 )
 from sinkprune.graphs import cuda_capture
-from sinkprune.models.llada import LLaDA, LLaDAConfig, RMSNorm
+from sinkprune.models.common import RMSNorm
+from sinkprune.models.llada import LLaDA, LLaDAConfig
 from sinkprune.rotary import apply_rotary, rotary_table
 from sinkprune.samplers import transfer_counts
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sinkprune.adapters import adapter_for
 from sinkprune.adapters.live import LiveAdapter
 from sinkprune.models.dream import Dream, DreamConfig
-from sinkprune.models.llada import MODEL_TYPE, LLaDA, LLaDAConfig
+from sinkprune.models.llada import LLaDA, LLaDAConfig
 from sinkprune.models.llada2 import LLaDA2, LLaDA2Config
 from sinkprune.models.sdar import SDAR, SDARConfig
 from sinkprune.models.transformers_native import (
@@ -46,7 +46,7 @@ SHARD_BYTES = 4 * 10**9
 
 # model_type of a config.json -> a function that lays the model out from the parsed config
 NATIVE: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
-    MODEL_TYPE: lambda config: LLaDA(LLaDAConfig.from_dict(config)),
+    "llada": lambda config: LLaDA(LLaDAConfig.from_dict(config)),
     "Dream": lambda config: Dream(DreamConfig.from_dict(config)),
     "llada2_moe": lambda config: LLaDA2(LLaDA2Config.from_dict(config)),
     "sdar": lambda config: SDAR(SDARConfig.from_dict(config)),

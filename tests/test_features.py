@@ -63,7 +63,7 @@ def test_only_the_tokens_that_turned_run(monkeypatch):
     model, ran = toy(), []
     original = sp.ops.attention
     monkeypatch.setattr(
-        "sinkprune.models.llada.ops.attention",
+        "sinkprune.models.common.ops.attention",
         lambda q, *args, **options: ran.append(q.shape[2]) or original(q, *args, **options),
     )
     list(sp.denoise(model, tokens(1, 5), cache=FeatureCache(4, 3, 0.25), steps=4, gen_length=12))

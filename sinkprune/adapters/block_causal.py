@@ -4,26 +4,56 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from sinkprune.adapters.base import Adapter, LayerObserver, MLPWeights
-from sinkprune.models.block_causal import BlockCausalLM, GatedMLP, positions_of
+from sinkprune.adapters.base import Adapter, Geometry, LayerObserver, MLPWeights
+from sinkprune.models.block_causal import BlockCausalLayer, BlockCausalLM, positions_of
+from sinkprune.models.common import GatedMLP
 
 MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 
 
 class NativeBlockCausal(Adapter):
-    """Compact modules take the place of a layer's attention and ``layer.mlp``."""
+    """Compact modules take the place of a layer's attention and, where it is dense, ``layer.mlp``."""
 
     caches = ("block",)
     model: BlockCausalLM
     ATTENTION: ClassVar[dict[str, str]]  # the attention's linear modules by role, as named in a layer
 
-    @abstractmethod
+    def layer_of(self, layer: int) -> BlockCausalLayer:
+        return cast(BlockCausalLayer, self.model.layers[layer])
+
     def attention_of(self, layer: int) -> nn.Module:
         """The layer's attention, dense or compact."""
+        block = self.layer_of(layer)
+        return block.get_submodule(block.ATTENTION)
+
+    @abstractmethod
+    def channels_of(self, layer: int) -> int:
+        """Channels of the layer's dense MLP, or of the experts that a token passes through, as published."""
+
+    def geometry(self) -> Geometry:
+        config = self.model.config
+        layers = config.num_hidden_layers
+        return Geometry(
+            family=self.family,
+            hidden=config.hidden_size,
+            head_dim=config.width,
+            vocabulary=config.vocab_size,
+            context=config.max_position_embeddings,
+            heads=(config.num_attention_heads,) * layers,
+            kv_heads=(config.kv_heads,) * layers,
+            channels=tuple(map(self.channels_of, range(layers))),
+        )
+
+    def install(self, layer: int, attention: nn.Module | None, mlp: nn.Module | None) -> None:
+        block = self.layer_of(layer)
+        if attention is not None:
+            setattr(block, block.ATTENTION, attention)
+        if mlp is not None:
+            block.mlp = mlp
 
     @property
     def mask_token_id(self) -> int | None:
@@ -43,7 +73,7 @@ class NativeBlockCausal(Adapter):
 
     def mlp_of(self, layer: int) -> GatedMLP:
         """The layer's dense MLP. Raises ``ValueError`` where it has none."""
-        mlp = self.model.layers[layer].get_submodule("mlp")
+        mlp = self.layer_of(layer).mlp
         if not isinstance(mlp, GatedMLP):
             raise ValueError(
                 f"the MLP of layer {layer} is a mixture of experts: only its heads can be pruned"
@@ -51,13 +81,13 @@ class NativeBlockCausal(Adapter):
         return mlp
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
-        block = self.model.layers[layer]
+        block = self.layer_of(layer)
         gated = isinstance(block.mlp, GatedMLP)
         names = {**self.ATTENTION, **(MLP if gated else {})}
         return {role: block.get_submodule(name) for role, name in names.items()}
 
     def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
-        if channels is not None or isinstance(self.model.layers[layer].mlp, GatedMLP):
+        if channels is not None or isinstance(self.layer_of(layer).mlp, GatedMLP):
             self.mlp_of(layer).kept_channels = channels
         self.attention_of(layer).kept_heads = heads  # type: ignore[assignment]
 

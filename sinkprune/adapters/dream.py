@@ -18,7 +18,8 @@ from sinkprune.adapters.base import (
     register_adapter,
 )
 from sinkprune.caches import Cache
-from sinkprune.models.dream import Dream, DreamAttention, DreamLayer, DreamMLP
+from sinkprune.models.common import GatedMLP
+from sinkprune.models.dream import Dream, DreamAttention, DreamLayer
 
 LINEARS = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
@@ -76,7 +77,7 @@ class NativeDream(Adapter):
         )  # fmt: skip
 
     def mlp_weights(self, layer: int) -> MLPWeights:
-        dense = cast(DreamMLP, self._layer(layer).mlp)
+        dense = cast(GatedMLP, self._layer(layer).mlp)
         gate, up, down = dense.gate_proj, dense.up_proj, dense.down_proj
         return MLPWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
 
@@ -90,7 +91,7 @@ class NativeDream(Adapter):
     def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
         block = self._layer(layer)
         cast(DreamAttention, block.self_attn).kept_heads = heads
-        cast(DreamMLP, block.mlp).kept_channels = channels
+        cast(GatedMLP, block.mlp).kept_channels = channels
 
     def observe(self, observer: LayerObserver | None) -> None:
         for layer in range(len(self.model.layers)):

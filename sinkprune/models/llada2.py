@@ -18,13 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinkprune.models.block_causal import (
-    BlockCausalAttention,
-    BlockCausalConfig,
-    BlockCausalLM,
-    GatedMLP,
-)
-from sinkprune.models.llada import RMSNorm
+from sinkprune.models.block_causal import BlockCausalConfig, BlockCausalLayer, BlockCausalLM
+from sinkprune.models.common import AttentionCore, GatedMLP, RMSNorm
 from sinkprune.modules import KeyValueCache
 from sinkprune.rotary import apply_rotary
 
@@ -84,7 +79,7 @@ class LLaDA2Config(BlockCausalConfig):
         return self.moe_intermediate_size * (self.num_shared_experts or 0)
 
 
-class LLaDA2Attention(BlockCausalAttention):
+class LLaDA2Attention(AttentionCore):
     def __init__(self, config: LLaDA2Config) -> None:
         super().__init__()
         self.head_dim = config.width
@@ -102,7 +97,9 @@ class LLaDA2Attention(BlockCausalAttention):
         q, k, v = heads.split(self.split, dim=1)
         q = apply_rotary(self.query_layernorm(q), cos, sin)
         k = apply_rotary(self.key_layernorm(k), cos, sin)
-        return self.dense(self.attend(q, k, v, cache, **seen))
+        if cache is not None:
+            k, v = cache(k, v)
+        return self.dense(self.attend(q, k, v, **seen))
 
 
 class Router(nn.Module):
@@ -155,54 +152,22 @@ class ExpertMLP(nn.Module):
         return routed + self.shared_experts(x) if hasattr(self, "shared_experts") else routed
 
 
-class LLaDA2Layer(nn.Module):
-    """One transformer layer. Compact modules replace ``attention`` and, where it is dense, ``mlp``."""
+class LLaDA2Layer(BlockCausalLayer):
+    """Compact modules replace its MLP only where that is dense."""
+
+    ATTENTION = "attention"
 
     def __init__(self, config: LLaDA2Config, index: int) -> None:
-        super().__init__()
-        dense = index < config.first_k_dense_replace
-        self.attention: nn.Module = LLaDA2Attention(config)
-        self.mlp: nn.Module = (
-            GatedMLP(config.hidden_size, config.intermediate_size) if dense else ExpertMLP(config)
-        )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, **seen: Any
-    ) -> Tensor:
-        x = x + self.attention(self.input_layernorm(x), cos, sin, cache=cache, **seen)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attention, dense = LLaDA2Attention(config), index < config.first_k_dense_replace
+        mlp = GatedMLP(config.hidden_size, config.intermediate_size) if dense else ExpertMLP(config)
+        super().__init__(config, attention, mlp)
 
 
 class LLaDA2(BlockCausalLM):
     """The model: ``forward(input_ids, attention_mask=None, rows=…, *, positions=None, cache=None)``."""
 
     config: LLaDA2Config
+    EMBEDDING = "word_embeddings"
 
     def __init__(self, config: LLaDA2Config) -> None:
-        super().__init__()
-        self.config = config
-        layers = (LLaDA2Layer(config, index) for index in range(config.num_hidden_layers))
-        self.model = nn.ModuleDict(
-            {
-                "word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(layers),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        return cast(nn.Embedding, self.model["word_embeddings"])
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return cast(nn.ModuleList, self.model["layers"])
-
-    @property
-    def norm(self) -> RMSNorm:
-        return cast(RMSNorm, self.model["norm"])
+        super().__init__(config, (LLaDA2Layer(config, index) for index in range(config.num_hidden_layers)))

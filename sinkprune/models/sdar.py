@@ -10,17 +10,12 @@ of SDAR-1.7B to 8B.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sinkprune.models.block_causal import (
-    BlockCausalAttention,
-    BlockCausalConfig,
-    BlockCausalLM,
-    GatedMLP,
-)
-from sinkprune.models.llada import RMSNorm
+from sinkprune.models.block_causal import BlockCausalConfig, BlockCausalLayer, BlockCausalLM
+from sinkprune.models.common import AttentionCore, GatedMLP, RMSNorm
 from sinkprune.modules import KeyValueCache
 from sinkprune.rotary import apply_rotary
 
@@ -38,7 +33,7 @@ class SDARConfig(BlockCausalConfig):
     REQUIRED: ClassVar[tuple[str, ...]] = (*BlockCausalConfig.REQUIRED, "intermediate_size")
 
 
-class SDARAttention(BlockCausalAttention):
+class SDARAttention(AttentionCore):
     def __init__(self, config: SDARConfig) -> None:
         super().__init__()
         hidden, bias, self.head_dim = config.hidden_size, config.attention_bias, config.width
@@ -56,53 +51,25 @@ class SDARAttention(BlockCausalAttention):
         projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
         q, k = apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin)
-        return self.o_proj(self.attend(q, k, v, cache, **seen))
+        if cache is not None:
+            k, v = cache(k, v)
+        return self.o_proj(self.attend(q, k, v, **seen))
 
 
-class SDARLayer(nn.Module):
-    """One transformer layer. Compact modules replace ``self_attn`` and ``mlp`` themselves."""
+class SDARLayer(BlockCausalLayer):
+    ATTENTION = "self_attn"
 
     def __init__(self, config: SDARConfig) -> None:
-        super().__init__()
-        self.self_attn: nn.Module = SDARAttention(config)
-        self.mlp: nn.Module = GatedMLP(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, **seen: Any
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache=cache, **seen)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        super().__init__(
+            config, SDARAttention(config), GatedMLP(config.hidden_size, config.intermediate_size)
+        )
 
 
 class SDAR(BlockCausalLM):
     """The model: ``forward(input_ids, attention_mask=None, rows=…, *, positions=None, cache=None)``."""
 
     config: SDARConfig
+    EMBEDDING = "embed_tokens"
 
     def __init__(self, config: SDARConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(SDARLayer(config) for _ in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        return cast(nn.Embedding, self.model["embed_tokens"])
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return cast(nn.ModuleList, self.model["layers"])
-
-    @property
-    def norm(self) -> RMSNorm:
-        return cast(RMSNorm, self.model["norm"])
+        super().__init__(config, (SDARLayer(config) for _ in range(config.num_hidden_layers)))

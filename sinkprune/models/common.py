@@ -1,0 +1,175 @@
+"""What all native models share: reading a published configuration, norm, MLP, and RoPE tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sinkprune import ops
+from sinkprune.modules import AttentionCall, AttentionObserver
+from sinkprune.rotary import rotary_table
+
+Config = TypeVar("Config", bound="PublishedConfig")
+
+
+@dataclass(kw_only=True)
+class PublishedConfig:
+    """The keys of a published ``config.json`` that shape the computation; the others are kept in
+    ``extra``."""
+
+    vocab_size: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    mask_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    FAMILY: ClassVar[str]
+    MODEL_TYPE: ClassVar[str]
+    # Keys that must be positive integers.
+    REQUIRED: ClassVar[tuple[str, ...]]
+    # Keys whose other published values name architectures that the family's module does not compute.
+    FIXED: ClassVar[dict[str, Any]]
+
+    @property
+    @abstractmethod
+    def context(self) -> int:
+        """The most tokens of a sequence."""
+
+    @property
+    @abstractmethod
+    def rotary_width(self) -> int:
+        """Leading features of a head that RoPE turns."""
+
+    @classmethod
+    def from_dict(cls: type[Config], config: dict[str, Any]) -> Config:
+        """Read a parsed ``config.json``. Raises ``ValueError`` naming the key that does not fit."""
+        for key in cls.REQUIRED:
+            if not isinstance(config.get(key), int) or config[key] < 1:
+                raise ValueError(
+                    f"{cls.FAMILY} config: '{key}' must be a positive integer, got {config.get(key)!r}"
+                )
+        for key, expected in cls.FIXED.items():
+            if config.get(key, expected) not in (expected, None):
+                raise ValueError(
+                    f"{cls.FAMILY} config: only {key}={expected!r} is supported, got {config[key]!r}"
+                )
+        rope = config.get("rope_parameters") or {}  # where transformers 5 writes the RoPE keys
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"{cls.FAMILY} config: only rope_type='default' is supported, got {rope['rope_type']!r}"
+            )
+        names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        config = {**{key: rope[key] for key in rope.keys() & names}, **config}
+        known = {key: value for key, value in config.items() if key in names}
+        result = cls(**known, extra={key: value for key, value in config.items() if key not in names})
+        result.check()
+        return result
+
+    def check(self) -> None:
+        """Raise ``ValueError`` naming the sizes that do not fit each other."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as it is written to ``config.json``."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        return {**self.FIXED, **self.extra, **own, "model_type": self.MODEL_TYPE}
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32 over the last dimension, then a gain."""
+
+    def __init__(self, width: int, eps: float, affine: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return normed if self.weight is None else normed * self.weight
+
+
+class AttentionCore(nn.Module):
+    """A dense attention from projected heads on. ``kept_heads`` (an int tensor or None for all) skips heads,
+    ``observer`` sees every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept_heads: Tensor | None = None
+        self.observer: AttentionObserver | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **seen: Any) -> Tensor:
+        """``[B, Lq, H * D]`` from query ``[B, H, Lq, D]``, key and value ``[B, Hkv, Lk, D]`` after RoPE;
+        ``seen`` as in ``ops.attention``."""
+        out, lse = ops.attention(q, k, v, kept_heads=self.kept_heads, **seen)
+        if self.observer is not None:
+            self.observer(AttentionCall(q, k, lse, self.kept_heads, **seen))
+        return out.transpose(1, 2).flatten(2)
+
+
+def skip_channels(hidden: Tensor, kept: Tensor | None) -> Tensor:
+    """``hidden`` ``[..., C]`` with zeros in the channels that ``kept``, an int tensor or None for all, does
+    not name."""
+    if kept is None:
+        return hidden
+    keep = torch.zeros(hidden.shape[-1], dtype=torch.bool, device=hidden.device)
+    return hidden * keep.index_fill(0, kept, True)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU; ``kept_channels`` (an int tensor or None for all) skips channels."""
+
+    def __init__(self, hidden: int, channels: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, channels, bias=False)
+        self.up_proj = nn.Linear(hidden, channels, bias=False)
+        self.down_proj = nn.Linear(channels, hidden, bias=False)
+        self.kept_channels: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(skip_channels(F.silu(self.gate_proj(x)) * self.up_proj(x), self.kept_channels))
+
+
+@dataclass
+class DLMOutput:
+    """What a native model returns: ``logits`` ``[B, L, V]``."""
+
+    logits: Tensor
+
+
+class NativeLM(nn.Module):
+    """A language model with RoPE."""
+
+    config: PublishedConfig
+    _rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def rotary(
+        self, length: int, device: torch.device, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(cos, sin)`` float32 ``[length, rotated]`` of 0 … length-1 (kept up to the longest length seen),
+        or of ``positions`` ``[length]``, or ``[B, 1, length, rotated]`` of ``positions`` ``[B, length]``."""
+        width, theta = self.config.rotary_width, self.config.rope_theta
+        if positions is not None:
+            cos, sin = rotary_table(positions, width, theta)
+            return (cos, sin) if positions.dim() == 1 else (cos.unsqueeze(1), sin.unsqueeze(1))
+        if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:
+            self._rotary = rotary_table(torch.arange(length, device=device), width, theta)
+        cos, sin = self._rotary
+        return cos[:length], sin[:length]
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raise ``ValueError`` for what is not ``[B, L]``, L from 1 to the context."""
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids must have shape [B, L] with L >= 1, got {tuple(input_ids.shape)}")
+        if input_ids.shape[1] > self.config.context:
+            raise ValueError(f"{input_ids.shape[1]} tokens exceed the context of {self.config.context}")
