@@ -298,6 +298,44 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
+def require_eval(model: nn.Module, dropout: float | None) -> None:
+    """Raise ``ValueError`` where ``model`` would drop attention at random."""
+    if model.training and dropout:
+        raise ValueError(f"the model is in training mode with attention dropout {dropout}: call model.eval()")
+
+
+def require_repackable(layer: int, kept_heads: list[int], linears: dict[str, nn.Module], owner: str) -> None:
+    """Raise ``ValueError`` where ``owner``'s code can't run with ``linears`` made smaller in place."""
+    if not kept_heads:
+        raise ValueError(
+            f"layer {layer} keeps no heads, and {owner} needs one: plan with min_heads=1, or use mode='mask'"
+        )
+    for role, linear in linears.items():
+        if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+            raise ValueError(
+                f"the {role} projection of layer {layer} is a {type(linear).__name__} (quantised, sharded or "
+                "wrapped), which can't be repacked; use mode='mask'"
+            )
+
+
+def modules_of(block: nn.Module, names: dict[str, str]) -> dict[str, nn.Module]:
+    """A block's modules by role, where ``names`` says what each is called."""
+    return {role: block.get_submodule(name) for role, name in names.items()}
+
+
+def tensors_of(linears: dict[str, nn.Module], layer: int) -> dict[str, Any]:
+    """Weights and biases by role. Raises ``ValueError`` for a layer that has no weight to read."""
+    found: dict[str, Any] = {}
+    for role, linear in linears.items():
+        if not isinstance(getattr(linear, "weight", None), Tensor):
+            raise ValueError(
+                f"the {role} projection of layer {layer} is a {type(linear).__name__} without a weight "
+                "to read (quantised?)"
+            )
+        found |= {role: linear.weight, f"{role}_bias": getattr(linear, "bias", None)}
+    return found
+
+
 def _storage(weight: Tensor) -> Any:
     return weight.data_ptr() if weight.numel() and not weight.is_meta else id(weight)
 

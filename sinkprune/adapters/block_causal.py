@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from sinkprune.adapters.base import Adapter, Geometry, LayerObserver, MLPWeights
+from sinkprune.adapters.base import Adapter, Geometry, LayerObserver, MLPWeights, modules_of, tensors_of
 from sinkprune.models.block_causal import BlockCausalLayer, BlockCausalLM, positions_of
 from sinkprune.models.common import GatedMLP
 
@@ -67,9 +67,8 @@ class NativeBlockCausal(Adapter):
         return list(self.model.layers)
 
     def mlp_weights(self, layer: int) -> MLPWeights:
-        dense = self.mlp_of(layer)
-        gate, up, down = dense.gate_proj, dense.up_proj, dense.down_proj
-        return MLPWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+        self.mlp_of(layer)  # raises for a mixture of experts
+        return MLPWeights(**tensors_of(modules_of(self.layer_of(layer), MLP), layer))
 
     def mlp_of(self, layer: int) -> GatedMLP:
         """The layer's dense MLP. Raises ``ValueError`` where it has none."""
@@ -83,8 +82,7 @@ class NativeBlockCausal(Adapter):
     def linears(self, layer: int) -> dict[str, nn.Module]:
         block = self.layer_of(layer)
         gated = isinstance(block.mlp, GatedMLP)
-        names = {**self.ATTENTION, **(MLP if gated else {})}
-        return {role: block.get_submodule(name) for role, name in names.items()}
+        return modules_of(block, {**self.ATTENTION, **(MLP if gated else {})})
 
     def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
         if channels is not None or isinstance(self.layer_of(layer).mlp, GatedMLP):

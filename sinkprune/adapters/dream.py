@@ -15,16 +15,16 @@ from sinkprune.adapters.base import (
     Geometry,
     LayerObserver,
     MLPWeights,
+    modules_of,
     register_adapter,
+    tensors_of,
 )
 from sinkprune.caches import Cache
 from sinkprune.models.common import GatedMLP
 from sinkprune.models.dream import Dream, DreamAttention, DreamLayer
 
-LINEARS = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}  # fmt: skip
+ATTENTION = {role: f"self_attn.{role}_proj" for role in "qkvo"}
+MLP = {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
 
 
 @register_adapter
@@ -67,19 +67,13 @@ class NativeDream(Adapter):
         return list(self.model.layers)
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
-        return {role: self._layer(layer).get_submodule(name) for role, name in LINEARS.items()}
+        return modules_of(self._layer(layer), ATTENTION | MLP)
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        dense = cast(DreamAttention, self._layer(layer).self_attn)
-        return AttentionWeights(
-            dense.q_proj.weight, dense.k_proj.weight, dense.v_proj.weight, dense.o_proj.weight,
-            dense.q_proj.bias, dense.k_proj.bias, dense.v_proj.bias, dense.o_proj.bias,
-        )  # fmt: skip
+        return AttentionWeights(**tensors_of(modules_of(self._layer(layer), ATTENTION), layer))
 
     def mlp_weights(self, layer: int) -> MLPWeights:
-        dense = cast(GatedMLP, self._layer(layer).mlp)
-        gate, up, down = dense.gate_proj, dense.up_proj, dense.down_proj
-        return MLPWeights(gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+        return MLPWeights(**tensors_of(modules_of(self._layer(layer), MLP), layer))
 
     def install(self, layer: int, attention: nn.Module | None, mlp: nn.Module | None) -> None:
         block = self._layer(layer)

@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
-from sinkprune.adapters.base import Adapter, AttentionWeights, LayerObserver, MLPWeights, is_compiled
+from sinkprune.adapters.base import (
+    Adapter,
+    AttentionWeights,
+    LayerObserver,
+    MLPWeights,
+    is_compiled,
+    require_eval,
+    require_repackable,
+    tensors_of,
+)
 from sinkprune.modules import AttentionCall, AttentionObserver
 
 _NAME = "sinkprune_attention"  # the submodule that a live attention gets while something of ours is active
@@ -161,7 +170,7 @@ class LiveAdapter(Adapter):
         return self.attention_linears(layer) | (self.mlp_linears(layer) if gated else {})
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        found = _tensors(self.attention_linears(layer), layer)
+        found = tensors_of(self.attention_linears(layer), layer)
         if "qkv" in found:
             geometry = self.geometry()
             kept = self.kept_heads(layer) if self.form == "compact" else list(range(geometry.heads[layer]))
@@ -175,7 +184,7 @@ class LiveAdapter(Adapter):
         return AttentionWeights(**found, q_norm=q_norm, k_norm=k_norm)
 
     def mlp_weights(self, layer: int) -> MLPWeights:
-        return MLPWeights(**_tensors(self.mlp_linears(layer), layer))
+        return MLPWeights(**tensors_of(self.mlp_linears(layer), layer))
 
     def predict(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
@@ -208,28 +217,14 @@ class LiveAdapter(Adapter):
 
     def check(self, kept_heads: list[list[int]], kept_channels: list[list[int] | None], mode: str) -> None:
         super().check(kept_heads, kept_channels, mode)
-        dropout = getattr(cast(Any, self.model).config, "attention_dropout", 0.0)
-        if self.model.training and dropout:
-            raise ValueError(
-                f"the model is in training mode with attention dropout {dropout}: call model.eval()"
-            )
+        require_eval(self.model, getattr(cast(Any, self.model).config, "attention_dropout", 0.0))
         if mode == "mask":
             return
-        for layer, heads in enumerate(kept_heads):
-            if not heads:
-                raise ValueError(
-                    f"layer {layer} keeps no heads, and the upstream code needs one: plan with min_heads=1, "
-                    "or use mode='mask'"
-                )
+        for layer, channels in enumerate(kept_channels):
             linears = dict(self.attention_linears(layer))
-            if kept_channels[layer] is not None:
+            if channels is not None:
                 linears |= self.mlp_linears(layer)
-            for role, linear in linears.items():
-                if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
-                    raise ValueError(
-                        f"the {role} projection of layer {layer} is a {type(linear).__name__} (quantised, "
-                        "sharded or wrapped), which can't be repacked; use mode='mask'"
-                    )
+            require_repackable(layer, kept_heads[layer], linears, "the upstream code")
 
     @torch.no_grad()
     def compact(
@@ -314,19 +309,6 @@ class _Packed(nn.Module):
         super().__init__()
         self.linears = nn.ModuleDict(linears)
         self.kv_head_of, self.kv_heads = kv_head_of, kv_heads
-
-
-def _tensors(linears: dict[str, nn.Module], layer: int) -> dict[str, Any]:
-    """Weights and biases by role. Raises ``ValueError`` for a layer that has no weight to read."""
-    found: dict[str, Any] = {}
-    for role, linear in linears.items():
-        if not isinstance(getattr(linear, "weight", None), Tensor):
-            raise ValueError(
-                f"the {role} projection of layer {layer} is a {type(linear).__name__} without a weight "
-                "to read (quantised?)"
-            )
-        found |= {role: linear.weight, f"{role}_bias": getattr(linear, "bias", None)}
-    return found
 
 
 def _narrow(linear: nn.Module, ids: list[int], width: int, columns: bool) -> nn.Module:

@@ -14,15 +14,15 @@ from sinkprune.adapters.base import (
     Geometry,
     LayerObserver,
     MLPWeights,
+    modules_of,
     register_adapter,
+    tensors_of,
 )
 from sinkprune.models.llada import LLaDA, LLaDABlock
 from sinkprune.modules import SinkPrunedAttention
 
-LINEARS = {
-    "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out",
-    "gate": "ff_proj", "up": "up_proj", "down": "ff_out",
-}  # fmt: skip
+ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out"}
+MLP = {"gate": "ff_proj", "up": "up_proj", "down": "ff_out"}
 
 
 @register_adapter
@@ -66,21 +66,13 @@ class NativeLLaDA(Adapter):
         return list(self.model.blocks)
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
-        return {role: self._block(layer).get_submodule(name) for role, name in LINEARS.items()}
+        return modules_of(self._block(layer), ATTENTION | MLP)
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        block = self._block(layer)
-        return AttentionWeights(
-            block.q_proj.weight, block.k_proj.weight, block.v_proj.weight, block.attn_out.weight,
-            block.q_proj.bias, block.k_proj.bias, block.v_proj.bias, block.attn_out.bias,
-        )  # fmt: skip
+        return AttentionWeights(**tensors_of(modules_of(self._block(layer), ATTENTION), layer))
 
     def mlp_weights(self, layer: int) -> MLPWeights:
-        block = self._block(layer)
-        return MLPWeights(
-            block.ff_proj.weight, block.up_proj.weight, block.ff_out.weight,
-            block.ff_proj.bias, block.up_proj.bias, block.ff_out.bias,
-        )  # fmt: skip
+        return MLPWeights(**tensors_of(modules_of(self._block(layer), MLP), layer))
 
     def install(self, layer: int, attention: nn.Module | None, mlp: nn.Module | None) -> None:
         block = self._block(layer)

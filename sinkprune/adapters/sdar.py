@@ -6,7 +6,7 @@ from typing import ClassVar, cast
 
 from torch import nn
 
-from sinkprune.adapters.base import AttentionWeights, Facts, register_adapter
+from sinkprune.adapters.base import AttentionWeights, Facts, modules_of, register_adapter, tensors_of
 from sinkprune.adapters.block_causal import NativeBlockCausal
 from sinkprune.models.sdar import SDAR, SDARAttention
 
@@ -29,8 +29,5 @@ class NativeSDAR(NativeBlockCausal):
 
     def attention_weights(self, layer: int) -> AttentionWeights:
         dense = cast(SDARAttention, self.attention_of(layer))
-        return AttentionWeights(
-            dense.q_proj.weight, dense.k_proj.weight, dense.v_proj.weight, dense.o_proj.weight,
-            dense.q_proj.bias, dense.k_proj.bias, dense.v_proj.bias, dense.o_proj.bias,
-            dense.q_norm, dense.k_norm,
-        )  # fmt: skip
+        tensors = tensors_of(modules_of(self.layer_of(layer), self.ATTENTION), layer)
+        return AttentionWeights(**tensors, q_norm=dense.q_norm, k_norm=dense.k_norm)

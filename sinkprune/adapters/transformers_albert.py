@@ -29,9 +29,6 @@ class TransformersAlbert(TransformersAdapter):
             "layers): its heads have no statistics of their own per layer, and pruning one prunes all"
         )
 
-    def blocks(self) -> list[nn.Module]:
-        raise NotImplementedError
-
     def attention_of(self, block: nn.Module) -> nn.Module:
         raise NotImplementedError
 

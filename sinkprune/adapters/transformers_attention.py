@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
-from sinkprune.adapters.base import Adapter, AttentionWeights, Geometry, LayerObserver, MLPWeights
+from sinkprune.adapters.base import (
+    Adapter,
+    AttentionWeights,
+    Geometry,
+    LayerObserver,
+    MLPWeights,
+    require_eval,
+    require_repackable,
+)
 from sinkprune.modules import AttentionCall, AttentionObserver
 
 NAME = "sinkprune"
@@ -192,9 +200,29 @@ class TransformersAdapter(Adapter):
 
     head_dim_name = "head_dim"  # of the attention module
 
-    @abstractmethod
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        if not is_transformers_model(model):
+            return False
+        layers = cls.layers_of(model)
+        return bool(layers) and all(cls.fits(block) for block in layers)
+
+    @staticmethod
+    def layers_of(model: nn.Module) -> nn.ModuleList:
+        """The layers of a model or of the backbone in it; empty where there are none."""
+        for root in (model, getattr(model, "model", None)):
+            layers = getattr(root, "layers", None)
+            if isinstance(layers, nn.ModuleList):
+                return layers
+        return nn.ModuleList()
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        """Whether a layer is one of this family's."""
+        return False
+
     def blocks(self) -> list[nn.Module]:
-        """The layers."""
+        return list(self.layers_of(self.model))
 
     @abstractmethod
     def attention_of(self, block: nn.Module) -> nn.Module:
@@ -283,27 +311,14 @@ class TransformersAdapter(Adapter):
         dropout = getattr(self.config, "attention_dropout", None)
         if dropout is None:
             dropout = getattr(self.config, "attention_probs_dropout_prob", 0.0)
-        if self.model.training and dropout:
-            raise ValueError(
-                f"the model is in training mode with attention dropout {dropout}: call model.eval()"
-            )
+        require_eval(self.model, dropout)
         if mode == "mask":
             return
-        for layer, heads in enumerate(kept_heads):
-            if not heads:
-                raise ValueError(
-                    f"layer {layer} keeps no heads, and transformers' attention needs one: plan with "
-                    "min_heads=1, or use mode='mask'"
-                )
-            linears = dict(self.projections_of(self.blocks()[layer]))
-            if kept_channels[layer] is not None:
-                linears |= self.mlp_of(self.blocks()[layer])
-            for role, linear in linears.items():
-                if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
-                    raise ValueError(
-                        f"the {role} projection of layer {layer} is a {type(linear).__name__} of "
-                        f"{getattr(linear.weight, 'dtype', None)}, which can't be repacked; use mode='mask'"
-                    )
+        for layer, (block, channels) in enumerate(zip(self.blocks(), kept_channels, strict=True)):
+            linears = dict(self.projections_of(block))
+            if channels is not None:
+                linears |= self.mlp_of(block)
+            require_repackable(layer, kept_heads[layer], linears, "transformers' attention")
 
     @torch.no_grad()
     def compact(

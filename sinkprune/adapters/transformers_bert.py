@@ -7,7 +7,7 @@ from typing import cast
 from torch import nn
 
 from sinkprune.adapters.base import Facts, register_adapter
-from sinkprune.adapters.transformers_attention import TransformersAdapter, is_transformers_model
+from sinkprune.adapters.transformers_attention import TransformersAdapter
 
 
 @register_adapter
@@ -20,15 +20,23 @@ class TransformersBert(TransformersAdapter):
     head_dim_name = "attention_head_size"
     mlp_matrices = 2
 
-    @classmethod
-    def recognises(cls, model: nn.Module) -> bool:
-        if not is_transformers_model(model):
-            return False
-        blocks = _layers(model)
-        return bool(blocks) and all(_fits(block) for block in blocks)
+    @staticmethod
+    def layers_of(model: nn.Module) -> nn.ModuleList:
+        for root in (model, getattr(model, str(model.base_model_prefix), None)):
+            layers = getattr(getattr(root, "encoder", None), "layer", None)
+            if isinstance(layers, nn.ModuleList):
+                return layers
+        return nn.ModuleList()
 
-    def blocks(self) -> list[nn.Module]:
-        return list(_layers(self.model))
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        try:
+            attention = block.get_submodule("attention.self")
+            for name in ("attention.output.dense", "intermediate.dense", "output.dense"):
+                block.get_submodule(name)
+        except AttributeError:
+            return False
+        return all(name in cast(nn.Module, attention)._modules for name in _QKV)
 
     def attention_of(self, block: nn.Module) -> nn.Module:
         return block.get_submodule("attention.self")
@@ -46,21 +54,3 @@ class TransformersBert(TransformersAdapter):
 
 
 _QKV = ("query", "key", "value")
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    for root in (model, getattr(model, str(model.base_model_prefix), None)):
-        layers = getattr(getattr(root, "encoder", None), "layer", None)
-        if isinstance(layers, nn.ModuleList):
-            return layers
-    return nn.ModuleList()
-
-
-def _fits(block: nn.Module) -> bool:
-    try:
-        attention = block.get_submodule("attention.self")
-        for name in ("attention.output.dense", "intermediate.dense", "output.dense"):
-            block.get_submodule(name)
-    except AttributeError:
-        return False
-    return all(name in cast(nn.Module, attention)._modules for name in _QKV)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.adapters.base import Facts, register_adapter
-from sinkprune.adapters.transformers_attention import TransformersAdapter, is_transformers_model
+from sinkprune.adapters.transformers_attention import TransformersAdapter
 
 _QKVO = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -24,15 +24,16 @@ class TransformersDecoder(TransformersAdapter):
         channels="dense layers only; experts keep theirs",
     )
 
-    @classmethod
-    def recognises(cls, model: nn.Module) -> bool:
-        if not is_transformers_model(model):
-            return False
-        blocks = _layers(model)
-        return bool(blocks) and all(_fits(block) for block in blocks)
-
-    def blocks(self) -> list[nn.Module]:
-        return list(_layers(self.model))
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        attention = block._modules.get("self_attn")
+        return (
+            attention is not None
+            and all(name in attention._modules for name in _QKVO.values())
+            and attention._modules["v_proj"] is not None
+            and hasattr(attention, "head_dim")
+            and not _wide_norm(attention)
+        )
 
     def attention_of(self, block: nn.Module) -> nn.Module:
         return cast(nn.Module, block.self_attn)
@@ -70,26 +71,6 @@ class TransformersDecoder(TransformersAdapter):
         model = cast(Any, self.model)
         out = model(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=wanted)
         return cast(Tensor, out.logits)
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    """The layers of a model or of the backbone in it; empty where there are none."""
-    for root in (model, getattr(model, "model", None)):
-        layers = getattr(root, "layers", None)
-        if isinstance(layers, nn.ModuleList):
-            return layers
-    return nn.ModuleList()
-
-
-def _fits(block: nn.Module) -> bool:
-    attention = block._modules.get("self_attn")
-    return (
-        attention is not None
-        and all(name in attention._modules for name in _QKVO.values())
-        and attention._modules["v_proj"] is not None
-        and hasattr(attention, "head_dim")
-        and not _wide_norm(attention)
-    )
 
 
 def _wide_norm(attention: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sinkprune.adapters.base import Facts, register_adapter
-from sinkprune.adapters.transformers_attention import TransformersAdapter, is_transformers_model
+from sinkprune.adapters.transformers_attention import TransformersAdapter
 
 
 @register_adapter
@@ -15,15 +15,16 @@ class TransformersModernBert(TransformersAdapter):
     family = "transformers encoder (ModernBERT)"
     facts = Facts("ModernBERT", export="channels alone: num_attention_heads fixes the width of a head")
 
-    @classmethod
-    def recognises(cls, model: nn.Module) -> bool:
-        if not is_transformers_model(model):
-            return False
-        blocks = _layers(model)
-        return bool(blocks) and all(_fits(block) for block in blocks)
-
-    def blocks(self) -> list[nn.Module]:
-        return list(_layers(self.model))
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        attention, mlp = block._modules.get("attn"), block._modules.get("mlp")
+        return (
+            attention is not None
+            and mlp is not None
+            and {"Wqkv", "Wo"} <= set(attention._modules)
+            and {"Wi", "Wo"} <= set(mlp._modules)
+            and hasattr(attention, "head_dim")
+        )
 
     def attention_of(self, block: nn.Module) -> nn.Module:
         return block.get_submodule("attn")
@@ -33,22 +34,3 @@ class TransformersModernBert(TransformersAdapter):
 
     def mlp_of(self, block: nn.Module) -> dict[str, nn.Module]:
         return {"gate_up": block.get_submodule("mlp.Wi"), "down": block.get_submodule("mlp.Wo")}
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    for root in (model, getattr(model, "model", None)):
-        layers = getattr(root, "layers", None)
-        if isinstance(layers, nn.ModuleList):
-            return layers
-    return nn.ModuleList()
-
-
-def _fits(block: nn.Module) -> bool:
-    attention, mlp = block._modules.get("attn"), block._modules.get("mlp")
-    return (
-        attention is not None
-        and mlp is not None
-        and {"Wqkv", "Wo"} <= set(attention._modules)
-        and {"Wi", "Wo"} <= set(mlp._modules)
-        and hasattr(attention, "head_dim")
-    )
