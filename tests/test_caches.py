@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from block_causals import toy_sdar
+from block_causals import toy_llada2, toy_sdar
 from dreams import toy_dream
 from stale import stale_generate
 from torch.nn.functional import pad
@@ -16,11 +16,13 @@ from sinkprune.caches import CACHES, BlockCache, DualCache, PrefixCache
 from sinkprune.windows import cache_size, saved_bytes
 
 KEPT = [[0, 1, 3], [2], [0, 2]]
-LLADA, DREAM, SDAR = "llada", "dream", "sdar"
+LLADA, DREAM, SDAR, LLADA2 = "llada", "dream", "sdar", "llada2"
+BLOCK_CAUSAL = (SDAR, LLADA2)
 BUILD = {
     LLADA: lambda: toy(n_kv_heads=2, sharpness=2.0),
     DREAM: toy_dream,
     SDAR: toy_sdar,
+    LLADA2: toy_llada2,
 }
 SIZES = {"steps": 6, "gen_length": 12, "block_length": 6}
 
@@ -65,8 +67,9 @@ def test_staleness_shows_in_the_plain_loop(models):
 
 @pytest.mark.parametrize("mode", ["dense", "mask", "compact"])
 @pytest.mark.parametrize("length", [8, 5, 3], ids=["prompt ends a block", "within one", "shorter than one"])
-def test_finished_blocks_of_a_block_causal_model_cache_exactly(models, mode, length):
-    model = pruned(models[SDAR], mode)
+@pytest.mark.parametrize("family", BLOCK_CAUSAL)
+def test_finished_blocks_of_a_block_causal_model_cache_exactly(models, family, mode, length):
+    model = pruned(models[family], mode)
     runs = {}
     for cache in (None, "block"):
         seen = []
@@ -78,10 +81,11 @@ def test_finished_blocks_of_a_block_causal_model_cache_exactly(models, mode, len
     assert runs["block"] == runs[None]
 
 
+@pytest.mark.parametrize("family", BLOCK_CAUSAL)
 @torch.no_grad()
-def test_block_diffusion_fills_block_after_block_over_what_is_there_only(models):
+def test_block_diffusion_fills_block_after_block_over_what_is_there_only(models, family):
     """A plain loop over the model, a token a step; the block that the gen_length ends in is filled too."""
-    model, prompt = models[SDAR], tokens(1, 6)
+    model, prompt = models[family], tokens(1, 6)
     x = prompt[0].tolist()
     expected = []
     for end in (8, 12, 16):
@@ -99,19 +103,19 @@ def test_block_diffusion_fills_block_after_block_over_what_is_there_only(models)
 
 
 PADDED = [(family, cache) for family in (LLADA, DREAM) for cache in (None, "prefix", "dual")]
-PADDED += [(SDAR, None), (SDAR, "block")]
+PADDED += [(family, cache) for family in BLOCK_CAUSAL for cache in (None, "block")]
 
 
 @pytest.mark.parametrize("algorithm", ["low_confidence", "maskgit_plus", "topk_margin", "entropy"])
 @pytest.mark.parametrize(("family", "cache"), PADDED)
 def test_a_left_padded_batch_gives_each_prompt_what_it_gets_alone(models, family, cache, algorithm):
     model = models[family]
-    lengths = [3, 7, 11] if family == SDAR else [3, 8, 5]
+    lengths = [3, 7, 11] if family in BLOCK_CAUSAL else [3, 8, 5]
     longest = max(lengths)
     rows = [tokens(1, n, seed=n) for n in lengths]
     ids = torch.cat([pad(row, (longest - row.shape[1], 0)) for row in rows])
     valid = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
-    sizes = {"steps": 6, "gen_length": 12} if family == SDAR else SIZES
+    sizes = {"steps": 6, "gen_length": 12} if family in BLOCK_CAUSAL else SIZES
     for threshold in (None, 0.2) if algorithm == "low_confidence" else (None,):
         options = sizes | {"cache": cache, "algorithm": algorithm, "threshold": threshold}
         *_, together = sp.denoise(model, ids, valid, **options)
