@@ -45,6 +45,8 @@ def denoise(
     remasking: str = "low_confidence",
     algorithm: str | None = None,
     threshold: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
     cache: str | Cache | None = None,
     mask_token_id: int | None = None,
     seed: int | None = None,
@@ -76,6 +78,9 @@ def denoise(
             ``"maskgit_plus"``, ``"topk_margin"``, ``"entropy"`` with its schedule.
         threshold: commit every token with at least this confidence, and always the surest one, until the
             block is full (Fast-dLLM, arXiv 2505.22618): the number of forwards depends on the text.
+        top_p, top_k: draw from the likeliest tokens only (of the tempered distribution): those whose
+            probabilities first sum to more than ``top_p``, then ``top_k`` of them. Dream's rules are sure of
+            what is left; LLaDA's of the whole distribution.
         cache: ``"prefix"`` or ``"dual"`` (approximate), ``"block"`` (exact, block-causal models), or one of
             ``sinkprune.caches``, emptied first. Under a cache a shifted model (Dream) spends a block's first
             step on the block's first token alone, as in Fast-dLLM: no later window predicts that one.
@@ -110,7 +115,9 @@ def denoise(
             f"temperature and cfg_scale must be finite and at least 0, got {temperature} and {cfg_scale}"
         )
     generator = None if seed is None else torch.Generator(prompt_ids.device).manual_seed(seed)
-    sampler = make_sampler(algorithm or remasking, temperature, generator, threshold)
+    sampler = make_sampler(
+        algorithm or remasking, temperature, generator, threshold, top_p=top_p, top_k=top_k
+    )
     kept, prompt = cache_for(adapter, cache), prompt_ids.shape[1]
     reader = Reader(
         adapter, kept, canvas.valid, prompt_length=prompt, mask_id=canvas.mask_id, cfg_scale=cfg_scale

@@ -29,9 +29,16 @@ def register_sampler(name: str) -> Callable[[type[Sampler]], type[Sampler]]:
 
 
 def make_sampler(
-    name: str, temperature: float, generator: torch.Generator | None, threshold: float | None = None
+    name: str,
+    temperature: float,
+    generator: torch.Generator | None,
+    threshold: float | None = None,
+    *,
+    top_p: float | None = None,
+    top_k: int | None = None,
 ) -> Sampler:
-    """The rule of that name. Raises ``ValueError`` for an unknown one, or a threshold that it can't take."""
+    """The rule of that name. Raises ``ValueError`` for an unknown one, a threshold that it can't take, or
+    limits out of range."""
     if name not in _SAMPLERS:
         raise ValueError(f"algorithm must be one of {', '.join(sorted(_SAMPLERS))}, got {name!r}")
     sampler = _SAMPLERS[name]
@@ -43,19 +50,30 @@ def make_sampler(
             raise ValueError(
                 f"a threshold needs an algorithm whose confidence is a probability ({known}), got {name!r}"
             )
-    return sampler(temperature, generator, threshold)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be a positive integer, got {top_k!r}")
+    return sampler(temperature, generator, threshold, top_p, top_k)
 
 
 class Sampler(ABC):
     """``temperature``: 0 takes the argmax; above, Gumbel noise in float64. ``threshold``: commit all rows at
-    least that sure, and always the surest one, instead of the schedule's number of rows."""
+    least that sure, and always the surest one, instead of the schedule's number of rows. ``top_p``: draw from
+    the likeliest tokens whose probabilities first sum to more than that; ``top_k``: from that many."""
 
     is_probability: ClassVar[bool] = True  # whether a threshold in (0, 1] means something
 
     def __init__(
-        self, temperature: float, generator: torch.Generator | None, threshold: float | None = None
+        self,
+        temperature: float,
+        generator: torch.Generator | None,
+        threshold: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
     ) -> None:
         self.temperature, self.generator, self.threshold = temperature, generator, threshold
+        self.top_p, self.top_k = top_p, top_k
 
     @abstractmethod
     def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
@@ -65,6 +83,19 @@ class Sampler(ABC):
         """How many of a block's ``left`` masked tokens its ``step`` of ``steps`` commits: as even as can be,
         the larger ones first."""
         return transfer_counts(left, steps - step)[0]
+
+    def limited(self, logits: Tensor) -> Tensor:
+        """``logits`` ``[n, V]`` over the temperature, -inf outside ``top_p`` and then ``top_k``."""
+        logits = logits / self.temperature if self.temperature else logits
+        if self.top_p is not None and self.top_p < 1:
+            from transformers import TopPLogitsWarper
+
+            logits = TopPLogitsWarper(self.top_p)(None, logits)
+        if self.top_k is not None:
+            from transformers import TopKLogitsWarper
+
+            logits = TopKLogitsWarper(self.top_k)(None, logits)
+        return logits
 
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """A token for each row of ``[B, R, V]`` and the confidence in it, ``[B, R]`` int64 and float64.
@@ -78,7 +109,7 @@ class Sampler(ABC):
             wide = part.double()
             if self.temperature:
                 noise = torch.empty_like(wide).exponential_(generator=self.generator).clamp_min_(1e-300)
-                token = (wide / self.temperature - noise.log_()).argmax(-1, keepdim=True)
+                token = (self.limited(wide) - noise.log_()).argmax(-1, keepdim=True)
             else:
                 token = part.argmax(-1, keepdim=True)
             tokens.append(token)
@@ -126,11 +157,11 @@ class Random(Sampler):
 
 
 class DreamSampler(Sampler):
-    """Dream's rules (arXiv 2508.15487) look at the tempered distribution and follow a linear time from 1 to
-    ``DREAM_EPS``."""
+    """Dream's rules (arXiv 2508.15487) look at the distribution they draw from and follow a linear time from
+    1 to ``DREAM_EPS``."""
 
-    def tempered(self, logits: Tensor) -> Tensor:
-        return (logits / self.temperature if self.temperature else logits).softmax(-1)
+    def drawn_from(self, logits: Tensor) -> Tensor:
+        return self.limited(logits).softmax(-1)
 
     def released(self, step: int, steps: int) -> Tensor:
         """The share of the masked tokens that a step commits: a float32 scalar, as published."""
@@ -146,7 +177,7 @@ class MaskGITPlus(DreamSampler):
     """The probability of the token."""
 
     def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
-        return self.tempered(logits).gather(-1, token).squeeze(-1)
+        return self.drawn_from(logits).gather(-1, token).squeeze(-1)
 
 
 @register_sampler("topk_margin")
@@ -154,7 +185,7 @@ class TopKMargin(DreamSampler):
     """The two largest probabilities' difference."""
 
     def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
-        first, second = self.tempered(logits).topk(2, dim=-1).values.unbind(-1)
+        first, second = self.drawn_from(logits).topk(2, dim=-1).values.unbind(-1)
         return first - second
 
 
@@ -165,7 +196,7 @@ class Entropy(DreamSampler):
     is_probability = False
 
     def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
-        return -torch.special.entr(self.tempered(logits)).sum(-1)
+        return -torch.special.entr(self.drawn_from(logits)).sum(-1)
 
 
 @register_sampler("origin")

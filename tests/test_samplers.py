@@ -117,6 +117,58 @@ def test_a_tempered_rule_is_sure_of_the_tempered_distribution():
     assert (token[0] != logits[0].argmax(-1)).any()
 
 
+def plain_limits(probabilities, top_p, top_k):
+    """Tokens that may be drawn: the fewest likeliest ones whose sum passes top_p, then the first top_k."""
+    order = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
+    if top_p is not None:
+        total, kept = 0.0, []
+        for token in order:
+            if total > top_p:
+                break
+            kept.append(token)
+            total += probabilities[token]
+        order = kept
+    return order[:top_k]
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.6, None), (None, 3), (0.9, 4), (1.0, None), (1e-9, None)])
+@pytest.mark.parametrize("rule", [*DREAM_RULES, "low_confidence"])
+def test_tokens_are_drawn_from_the_likeliest_only(rule, top_p, top_k):
+    logits = torch.randn(1, 200, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    sampler = make_sampler(rule, 0.5, generator, top_p=top_p, top_k=top_k)
+    token, sure = sampler.draw(logits)
+    drawn = set()
+    for row in range(200):
+        tempered = (logits[0, row] / 0.5).softmax(-1).tolist()
+        allowed = plain_limits(tempered, top_p, top_k)
+        assert token[0, row] in allowed
+        drawn.add(allowed.index(token[0, row].item()))
+        left = [p / math.fsum(tempered[t] for t in allowed) for p in (tempered[t] for t in allowed)]
+        if rule == "maskgit_plus":
+            expected = left[allowed.index(token[0, row].item())]
+        elif rule == "low_confidence":  # LLaDA's, of the whole distribution
+            expected = logits[0, row].softmax(-1)[token[0, row]].item()
+        else:
+            expected = sure_of(rule, [*left, 0.0])
+        assert sure[0, row].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert len(drawn) == 1 if top_p == 1e-9 else len(drawn) > 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+        ({"top_k": 0}, "top_k must be a positive integer, got 0"),
+        ({"top_k": 2.5}, "top_k must be a positive integer, got 2.5"),
+    ],
+)
+def test_limits_out_of_range_are_refused(dream, limits, message):
+    with pytest.raises(ValueError, match=message):
+        next(sp.denoise(dream, tokens(1, 3), gen_length=4, steps=4, **limits))
+
+
 def plain_threshold(model, prompt, gen_length, block_length, threshold):
     """Fast-dLLM's parallel decoding of one prompt: all tokens at least as sure as the threshold, or the
     surest."""

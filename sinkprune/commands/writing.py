@@ -21,6 +21,8 @@ def add_commands(commands: arguments.Commands) -> None:
     arguments.add_sampler_flags(sub, 64)
     sub.add_argument("--algorithm", help="low_confidence, random, or Dream's origin, maskgit_plus, …")
     sub.add_argument("--threshold", type=float, help="commit all tokens this sure, instead of --steps")
+    sub.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability")
+    sub.add_argument("--top-k", type=int, help="draw from this many likeliest tokens")
     sub.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs (nothing on CPU)")
     sub.add_argument("--cache", help="prefix, dual or dllm (approximate), block (block-causal models)")
 
@@ -44,6 +46,8 @@ def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         callback=steps.append,
         algorithm=options.algorithm,
         threshold=options.threshold,
+        top_p=options.top_p,
+        top_k=options.top_k,
         cache=cache,
         graphs=options.graphs,
         **arguments.sampler_options(options),
