@@ -48,7 +48,7 @@ _HOMES = {
     "scheduled": "schedules",
     "Sparsity": "sparsification",
     "sparsify": "sparsification",
-    "track": "profiling",
+    "track": "tracking",
     "trajectories": "sparsification",
 }
 __all__ = ["__version__", "ops", *sorted(_HOMES)]
@@ -80,7 +80,6 @@ if TYPE_CHECKING:
     from sinkprune.planning import plan as plan
     from sinkprune.profiling import SinkProfile as SinkProfile
     from sinkprune.profiling import profile as profile
-    from sinkprune.profiling import track as track
     from sinkprune.repacking import apply as apply
     from sinkprune.repacking import restore as restore
     from sinkprune.schedules import PhaseSchedule as PhaseSchedule
@@ -89,6 +88,7 @@ if TYPE_CHECKING:
     from sinkprune.sparsification import Sparsity as Sparsity
     from sinkprune.sparsification import sparsify as sparsify
     from sinkprune.sparsification import trajectories as trajectories
+    from sinkprune.tracking import track as track
 
 
 def __getattr__(name: str) -> Any:

@@ -14,9 +14,9 @@ from sinkprune import ops
 from sinkprune.adapters import Adapter, Geometry
 from sinkprune.calibration import Calibration
 from sinkprune.modules import AttentionCall
-from sinkprune.profiling import masked_column_mass
 from sinkprune.sinks import SinkGate
 from sinkprune.sparsification.sink_mask import SinkMask
+from sinkprune.tracking import masked_column_mass
 
 
 @dataclass

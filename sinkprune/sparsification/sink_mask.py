@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sinkprune.adapters import Adapter
 from sinkprune.calibration import Calibration
-from sinkprune.profiling import track
+from sinkprune.tracking import track
 
 
 @dataclass(frozen=True)
