@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +189,8 @@ def run(out: Path, reactions: Path | None, jobs: int, *, quick: bool) -> None:
             bar.update()
 
         with ThreadPoolExecutor(jobs) as pool:
-            for _ in pool.map(measure, parts):
-                pass
+            for done in as_completed([pool.submit(measure, part) for part in parts]):
+                done.result()
         measure(("weights", "timed"))
 
 

@@ -1,6 +1,6 @@
 """Which heads to remove: every criterion, at several ratios and calibration draws, with and without repair.
 
-    python benchmarks/study_heads.py [--reactions FILE] [--only MODEL] [--quick] [--out DIR]
+    python benchmarks/study_heads.py [--reactions FILE] [--draws 5] [--only MODEL] [--quick]
 
 On "tiny" (speeches held out, and the King James Bible) and, with a file of reactions, on rxnfp. Scores are
 computed once a draw and kept as rows of their own; a plan that two criteria agree on is judged once. Every
@@ -201,7 +201,7 @@ def measure(
 ) -> Rows:
     """All rows, the headline of every model first; ``only`` one model's."""
     sizes = Sizes(4, 1, 1, 8) if quick else Sizes(windows=96, draws=1, reactions=300)
-    sequences = 2 if quick else 24
+    sequences, draws = (2, 1) if quick else (24, draws)
     settings = {"windows": sizes.windows, "masks": sizes.draws, "reactions": sizes.reactions}
     rows = Rows(out / "heads.json", settings | {"draws": draws, "rows": sequences, "length": 128})
     studies = []
@@ -225,6 +225,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small slice, to see that it works")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/study")
     options = parser.parse_args()
+    if options.only == "rxnfp" and options.reactions is None:
+        parser.error("--only rxnfp needs --reactions FILE")
     rows = measure(options.reactions, options.draws, options.out, quick=options.quick, only=options.only)
     print(f"wrote {rows.path}")
 

@@ -1,6 +1,6 @@
 """Weight-level pruning, phase schedules, token-wise pruning and int8, measured.
 
-    python benchmarks/study_weights.py [--reactions FILE] [--only PART] [--quick] [--out DIR]
+    python benchmarks/study_weights.py [--reactions FILE] [--draws 2] [--only PART] [--quick]
 
 On "tiny" (speeches held out, and the King James Bible) and, with a file of reactions, on rxnfp. Every method
 of one setting sees the same calibration rows; every model is judged on the same windows and masks. Rows are
@@ -226,6 +226,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small slice, to see that it works")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/study")
     options = parser.parse_args()
+    if options.only == "rxnfp" and options.reactions is None:
+        parser.error("--only rxnfp needs --reactions FILE")
     sizes = Sizes(4, 1, 1, 8) if options.quick else Sizes()
     draws = 1 if options.quick else options.draws
     rows = Rows(options.out / "weights.json", {**vars(sizes), "calibration draws": draws, "length": 128})

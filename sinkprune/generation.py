@@ -78,9 +78,9 @@ def denoise(
             ``"maskgit_plus"``, ``"topk_margin"``, ``"entropy"`` with its schedule.
         threshold: commit every token with at least this confidence, and always the surest one, until the
             block is full (Fast-dLLM, arXiv 2505.22618): the number of forwards depends on the text.
-        top_p, top_k: draw from the likeliest tokens only (of the tempered distribution): those whose
-            probabilities first sum to more than ``top_p``, then ``top_k`` of them. Dream's rules are sure of
-            what is left; LLaDA's of the whole distribution.
+        top_p, top_k: draw from the likeliest tokens only (of the tempered distribution): the
+            fewest whose probabilities reach ``top_p``, then ``top_k`` of them. Dream's rules are sure of what
+            is left; LLaDA's of the whole distribution, so that they heed limits at a temperature only.
         cache: ``"prefix"`` or ``"dual"`` (approximate), ``"block"`` (exact, block-causal models), or one of
             ``sinkprune.caches``, emptied first. Under a cache a shifted model (Dream) spends a block's first
             step on the block's first token alone, as in Fast-dLLM: no later window predicts that one.

@@ -60,7 +60,7 @@ def make_sampler(
 class Sampler(ABC):
     """``temperature``: 0 takes the argmax; above, Gumbel noise in float64. ``threshold``: commit all rows at
     least that sure, and always the surest one, instead of the schedule's number of rows. ``top_p``: draw from
-    the likeliest tokens whose probabilities first sum to more than that; ``top_k``: from that many."""
+    the fewest likeliest tokens whose probabilities reach that sum; ``top_k``: from that many."""
 
     is_probability: ClassVar[bool] = True  # whether a threshold in (0, 1] means something
 
@@ -76,8 +76,9 @@ class Sampler(ABC):
         self.top_p, self.top_k = top_p, top_k
 
     @abstractmethod
-    def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
-        """How sure each row is, float64 ``[n]``, of its token ``[n, 1]`` under float64 logits ``[n, V]``."""
+    def confidence(self, logits: Tensor, limited: Tensor, token: Tensor) -> Tensor:
+        """How sure each row is, float64 ``[n]``, of its token ``[n, 1]`` under float64 logits ``[n, V]``,
+        ``limited`` as they were drawn from."""
 
     def count(self, left: int, step: int, steps: int) -> int:
         """How many of a block's ``left`` masked tokens its ``step`` of ``steps`` commits: as even as can be,
@@ -107,13 +108,14 @@ class Sampler(ABC):
         tokens, sureness = [], []
         for part in flat.split(max(1, FLOAT64_ELEMENTS // flat.shape[-1])):
             wide = part.double()
+            limited = self.limited(wide)
             if self.temperature:
                 noise = torch.empty_like(wide).exponential_(generator=self.generator).clamp_min_(1e-300)
-                token = (self.limited(wide) - noise.log_()).argmax(-1, keepdim=True)
+                token = (limited - noise.log_()).argmax(-1, keepdim=True)
             else:
                 token = part.argmax(-1, keepdim=True)
             tokens.append(token)
-            sureness.append(self.confidence(wide, token))
+            sureness.append(self.confidence(wide, limited, token))
         shape = logits.shape[:-1]
         return torch.cat(tokens).view(shape), torch.cat(sureness).view(shape)
 
@@ -141,7 +143,7 @@ def _largest(confidence: Tensor, count: int) -> Tensor:
 class LowConfidence(Sampler):
     """LLaDA's (arXiv 2502.09992): the probability of the token, whatever the temperature it was drawn at."""
 
-    def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
+    def confidence(self, logits: Tensor, limited: Tensor, token: Tensor) -> Tensor:
         return (logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True)).exp().squeeze(-1)
 
 
@@ -151,7 +153,7 @@ class Random(Sampler):
 
     is_probability = False
 
-    def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
+    def confidence(self, logits: Tensor, limited: Tensor, token: Tensor) -> Tensor:
         size = token.shape[0]
         return torch.rand(size, device=token.device, generator=self.generator, dtype=torch.float64)
 
@@ -159,9 +161,6 @@ class Random(Sampler):
 class DreamSampler(Sampler):
     """Dream's rules (arXiv 2508.15487) look at the distribution they draw from and follow a linear time from
     1 to ``DREAM_EPS``."""
-
-    def drawn_from(self, logits: Tensor) -> Tensor:
-        return self.limited(logits).softmax(-1)
 
     def released(self, step: int, steps: int) -> Tensor:
         """The share of the masked tokens that a step commits: a float32 scalar, as published."""
@@ -176,16 +175,16 @@ class DreamSampler(Sampler):
 class MaskGITPlus(DreamSampler):
     """The probability of the token."""
 
-    def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
-        return self.drawn_from(logits).gather(-1, token).squeeze(-1)
+    def confidence(self, logits: Tensor, limited: Tensor, token: Tensor) -> Tensor:
+        return limited.softmax(-1).gather(-1, token).squeeze(-1)
 
 
 @register_sampler("topk_margin")
 class TopKMargin(DreamSampler):
     """The two largest probabilities' difference."""
 
-    def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
-        first, second = self.drawn_from(logits).topk(2, dim=-1).values.unbind(-1)
+    def confidence(self, logits: Tensor, limited: Tensor, token: Tensor) -> Tensor:
+        first, second = limited.softmax(-1).topk(2, dim=-1).values.unbind(-1)
         return first - second
 
 
@@ -195,8 +194,8 @@ class Entropy(DreamSampler):
 
     is_probability = False
 
-    def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
-        return -torch.special.entr(self.drawn_from(logits)).sum(-1)
+    def confidence(self, logits: Tensor, limited: Tensor, token: Tensor) -> Tensor:
+        return -torch.special.entr(limited.softmax(-1)).sum(-1)
 
 
 @register_sampler("origin")
@@ -205,7 +204,7 @@ class Origin(DreamSampler):
 
     is_probability = False
 
-    def confidence(self, logits: Tensor, token: Tensor) -> Tensor:
+    def confidence(self, logits: Tensor, limited: Tensor, token: Tensor) -> Tensor:
         size = token.shape[0]
         return torch.rand(size, device=token.device, generator=self.generator, dtype=torch.float64)
 

@@ -27,12 +27,21 @@ def test_generate_says_how_many_forwards_and_bytes_it_took(capsys):
     assert "8/8" in printed.err  # the bar counts tokens, whatever the forwards
 
 
+def test_of_one_likeliest_token_any_temperature_takes_that(capsys):
+    texts = []
+    for limits in ([], ["--temperature", "2", "--top-k", "1"], ["--temperature", "2", "--top-p", "1e-9"]):
+        assert main(["generate", "tiny", "The Congress", *SIZES, "--steps", "8", *limits, "--json"]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] == texts[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--cache", "kv"], "cache must be None or one of block, "),
         (["--cache", "block"], "llada (LLaDA) takes the cache prefix or dual"),
         (["--threshold", "2"], "threshold must be above 0 and at most 1, got 2.0"),
+        (["--top-p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
         (["--algorithm", "best"], "algorithm must be one of entropy, low_confidence"),
         (["--algorithm", "entropy", "--threshold", "0.9"], "needs an algorithm whose confidence"),
     ],

@@ -118,12 +118,12 @@ def test_a_tempered_rule_is_sure_of_the_tempered_distribution():
 
 
 def plain_limits(probabilities, top_p, top_k):
-    """Tokens that may be drawn: the fewest likeliest ones whose sum passes top_p, then the first top_k."""
+    """Tokens that may be drawn: the fewest likeliest ones whose sum reaches top_p, then the first top_k."""
     order = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
     if top_p is not None:
         total, kept = 0.0, []
         for token in order:
-            if total > top_p:
+            if total >= top_p:
                 break
             kept.append(token)
             total += probabilities[token]
@@ -132,15 +132,16 @@ def plain_limits(probabilities, top_p, top_k):
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.6, None), (None, 3), (0.9, 4), (1.0, None), (1e-9, None)])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
 @pytest.mark.parametrize("rule", [*DREAM_RULES, "low_confidence"])
-def test_tokens_are_drawn_from_the_likeliest_only(rule, top_p, top_k):
+def test_tokens_are_drawn_from_the_likeliest_only(rule, temperature, top_p, top_k):
     logits = torch.randn(1, 200, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
-    sampler = make_sampler(rule, 0.5, generator, top_p=top_p, top_k=top_k)
+    sampler = make_sampler(rule, temperature, generator, top_p=top_p, top_k=top_k)
     token, sure = sampler.draw(logits)
     drawn = set()
     for row in range(200):
-        tempered = (logits[0, row] / 0.5).softmax(-1).tolist()
+        tempered = (logits[0, row] / (temperature or 1)).softmax(-1).tolist()
         allowed = plain_limits(tempered, top_p, top_k)
         assert token[0, row] in allowed
         drawn.add(allowed.index(token[0, row].item()))
@@ -152,7 +153,7 @@ def test_tokens_are_drawn_from_the_likeliest_only(rule, top_p, top_k):
         else:
             expected = sure_of(rule, [*left, 0.0])
         assert sure[0, row].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert len(drawn) == 1 if top_p == 1e-9 else len(drawn) > 2
+    assert len(drawn) == 1 if top_p == 1e-9 or not temperature else len(drawn) > 2
 
 
 @pytest.mark.parametrize(

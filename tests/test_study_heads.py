@@ -1,6 +1,7 @@
 """The head study: a slice of it end to end, on the embedded model, and the page that is written from it."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -52,3 +53,47 @@ def test_draws_of_an_unfinished_study_do_not_pair(bench):
     with pytest.raises(ValueError, match="2 and 3 calibration draws do not pair"):
         report.difference(np.zeros((2, 4)), np.zeros((3, 4)))
     assert report.difference(np.ones((3, 4)), np.zeros((1, 4))).mean == 1
+
+
+@pytest.fixture
+def launched(bench, monkeypatch):
+    """The study's launcher, whose parts are written down and not run; a part named in ``failing`` fails."""
+    study = bench("study")
+    study.commands, study.failing = [], None
+
+    def run(command, stdout, stderr, env):
+        study.commands.append((command, env.get("OMP_NUM_THREADS")))
+        failed = study.failing is not None and command[1].endswith(f"study_{study.failing}.py")
+        return types.SimpleNamespace(returncode=int(failed))
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    return study
+
+
+def test_every_part_of_the_study_runs_and_what_is_timed_runs_last(launched, tmp_path):
+    reactions = tmp_path / "reactions.txt"
+    reactions.write_text("CC>>CC\n")
+    launched.run(tmp_path / "out", reactions, 2, quick=True)
+    seen = {}
+    for command, threads in launched.commands:
+        stage = command[1].rpartition("/")[2]
+        only = command[command.index("--only") + 1] if "--only" in command else None
+        assert command[2:4] == ["--out", str(tmp_path / "out")] and "--quick" in command
+        assert ("--reactions" in command) == (only == "rxnfp")
+        seen[stage, only] = threads
+    parts = [(f"study_{s}.py", m) for s in ("heads", "weights") for m in ("rxnfp", "tiny")]
+    assert seen.keys() == {*parts, ("study_claims.py", None), ("study_weights.py", "timed")}
+    assert seen.pop(("study_weights.py", "timed")) == "7" and set(seen.values()) == {"1"}
+    assert "timed" in launched.commands[-1][0]
+    launched.commands.clear()
+    launched.run(tmp_path / "out", None, 1, quick=False)
+    assert len(launched.commands) == 4 and not any("rxnfp" in command for command, _ in launched.commands)
+
+
+def test_a_part_that_fails_is_named_with_its_log(launched, tmp_path):
+    launched.failing = "claims"
+    with pytest.raises(RuntimeError, match=r"study_claims\.py .* failed: see .*claims-all\.log"):
+        launched.run(tmp_path, None, 2, quick=True)
+    with pytest.raises(FileNotFoundError, match=r"no file of reactions at nowhere\.txt"):
+        launched.run(tmp_path, launched.Path("nowhere.txt"), 2, quick=True)

@@ -314,7 +314,8 @@ def require_repackable(layer: int, kept_heads: list[int], linears: dict[str, nn.
         if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
             raise ValueError(
                 f"the {role} projection of layer {layer} is a {type(linear).__name__} (quantised, sharded or "
-                "wrapped), which can't be repacked; use mode='mask'"
+                f"wrapped) of {getattr(linear.weight, 'dtype', None)}, which can't be repacked; use "
+                "mode='mask'"
             )
 
 

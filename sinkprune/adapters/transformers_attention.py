@@ -218,8 +218,8 @@ class TransformersAdapter(Adapter):
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether a layer is one of this family's."""
-        return False
+        """Whether a layer is one of this family's. (A family that overrides ``recognises`` needs none.)"""
+        raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers_of(self.model))

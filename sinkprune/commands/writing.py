@@ -21,8 +21,10 @@ def add_commands(commands: arguments.Commands) -> None:
     arguments.add_sampler_flags(sub, 64)
     sub.add_argument("--algorithm", help="low_confidence, random, or Dream's origin, maskgit_plus, …")
     sub.add_argument("--threshold", type=float, help="commit all tokens this sure, instead of --steps")
-    sub.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this probability")
-    sub.add_argument("--top-k", type=int, help="draw from this many likeliest tokens")
+    sub.add_argument(
+        "--top-p", type=float, help="draw, at a temperature, from the likeliest tokens of this sum"
+    )
+    sub.add_argument("--top-k", type=int, help="draw, at a temperature, from this many likeliest tokens")
     sub.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs (nothing on CPU)")
     sub.add_argument("--cache", help="prefix, dual or dllm (approximate), block (block-causal models)")
 

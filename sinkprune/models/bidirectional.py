@@ -26,7 +26,7 @@ class BidirectionalAttention(AttentionCore):
         """Queries ``[B, L, H * D]``, keys and values ``[B, L, Hkv * D]`` of hidden states
         ``[B, L, hidden]``."""
 
-    def heads(
+    def attended_heads(
         self,
         x: Tensor,
         cos: Tensor,

@@ -5,7 +5,7 @@ A family adds its configuration keys, its layers and where its tensors are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -88,27 +88,26 @@ class BlockCausalLayer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, **seen: Any
     ) -> Tensor:
-        attention = self.get_submodule(self.ATTENTION)
-        x = x + attention(self.input_layernorm(x), cos, sin, cache=cache, **seen)
+        x = x + getattr(self, self.ATTENTION)(self.input_layernorm(x), cos, sin, cache=cache, **seen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class BlockCausalLM(NativeLM):
     """A block-causal language model whose row i of logits is the distribution of token i.
 
-    Subclasses name the embedding and build the layers, called as ``layer(x, cos, sin, cache, **seen)``.
+    Subclasses name the embedding and build each layer, called as ``layer(x, cos, sin, cache, **seen)``.
     """
 
     config: BlockCausalConfig
     EMBEDDING: ClassVar[str]
 
-    def __init__(self, config: BlockCausalConfig, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, config: BlockCausalConfig, build: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict(
             {
                 self.EMBEDDING: nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(layers),
+                "layers": nn.ModuleList(map(build, range(config.num_hidden_layers))),
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )

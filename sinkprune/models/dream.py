@@ -95,7 +95,7 @@ class DreamAttention(BidirectionalAttention):
         cache: KeyValueCache | None = None,
         cached_rotary: Rotary | None = None,
     ) -> Tensor:
-        return self.o_proj(self.heads(x, cos, sin, key_padding_mask, cache, cached_rotary))
+        return self.o_proj(self.attended_heads(x, cos, sin, key_padding_mask, cache, cached_rotary))
 
 
 class DreamLayer(nn.Module):

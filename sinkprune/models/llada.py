@@ -126,7 +126,7 @@ class LLaDABlock(BidirectionalAttention):
         cache: KeyValueCache | None = None,
         cached_rotary: Rotary | None = None,
     ) -> Tensor:
-        attend = self._attend if self.attention is None else self.attention
+        attend = self._dense_attention if self.attention is None else self.attention
         x = x + attend(
             self.attn_norm(x), cos, sin, key_padding_mask, cache=cache, cached_rotary=cached_rotary
         )
@@ -138,7 +138,7 @@ class LLaDABlock(BidirectionalAttention):
         compact = self.attention
         return LayerParts(
             self.attn_norm,
-            self._attend if compact is None else compact,
+            self._dense_attention if compact is None else compact,
             self.v_proj if compact is None else cast(SinkPrunedAttention, compact).values,
             self.ff_norm,
             self._feed if self.mlp is None else self.mlp,
@@ -150,7 +150,7 @@ class LLaDABlock(BidirectionalAttention):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def _attend(
+    def _dense_attention(
         self,
         x: Tensor,
         cos: Tensor,
@@ -159,7 +159,7 @@ class LLaDABlock(BidirectionalAttention):
         cache: KeyValueCache | None,
         cached_rotary: Rotary | None,
     ) -> Tensor:
-        return self.attn_out(self.heads(x, cos, sin, key_padding_mask, cache, cached_rotary))
+        return self.attn_out(self.attended_heads(x, cos, sin, key_padding_mask, cache, cached_rotary))
 
     def _feed(self, x: Tensor) -> Tensor:
         return self.ff_out(skip_channels(F.silu(self.ff_proj(x)) * self.up_proj(x), self.kept_channels))

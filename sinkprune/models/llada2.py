@@ -170,4 +170,4 @@ class LLaDA2(BlockCausalLM):
     EMBEDDING = "word_embeddings"
 
     def __init__(self, config: LLaDA2Config) -> None:
-        super().__init__(config, (LLaDA2Layer(config, index) for index in range(config.num_hidden_layers)))
+        super().__init__(config, lambda index: LLaDA2Layer(config, index))

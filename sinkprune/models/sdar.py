@@ -72,4 +72,4 @@ class SDAR(BlockCausalLM):
     EMBEDDING = "embed_tokens"
 
     def __init__(self, config: SDARConfig) -> None:
-        super().__init__(config, (SDARLayer(config) for _ in range(config.num_hidden_layers)))
+        super().__init__(config, lambda index: SDARLayer(config))

@@ -27,21 +27,29 @@ EMPTIED = [[0, 1, 2], [], [1, 3]]
 class SDARFamily:
     config, tensors = staticmethod(sdar_config), staticmethod(sdar_tensors)
     straight, channels = staticmethod(straight_sdar), [[0, 7, 9], None, [5]]
-    output, width = "self_attn.o_proj", 10
+    output, width, experts_round = "self_attn.o_proj", 10, 0
 
     @staticmethod
     def toy():
         return toy_sdar(attention_bias=True)
 
+    @staticmethod
+    def untouched(name):
+        return "layers.1.mlp." in name  # keeps all its channels in ``channels``
+
 
 class LLaDA2Family:
     config, tensors = staticmethod(llada2_config), staticmethod(llada2_tensors)
     straight, channels = staticmethod(straight_llada2), [[0, 7, 9], None, None]  # the others are experts
-    output, width = "attention.dense", 12
+    output, width, experts_round = "attention.dense", 12, 1e-6  # tokens are summed in another order
 
     @staticmethod
     def toy():
         return toy_llada2(use_qkv_bias=True, use_bias=True)
+
+    @staticmethod
+    def untouched(name):
+        return "layers.1.mlp." in name or "layers.2.mlp." in name
 
 
 CONFIGS = {
@@ -83,7 +91,7 @@ def expected_of(family, model, ids, valid=None):
 
 
 def close(got, expected):
-    torch.testing.assert_close(got.double(), expected.double(), atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(got.double(), expected.double(), atol=3e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "changes"), CONFIGS.values(), ids=CONFIGS.keys())
@@ -102,7 +110,8 @@ def test_a_token_sees_its_block_and_those_before(family):
     model, ids = family.toy(), tokens(1, 12)
     changed = ids.clone()
     changed[0, 8:] = tokens(4, seed=9)
-    close(model(changed).logits[:, :8], model(ids).logits[:, :8])  # experts sum in another order
+    got, expected = model(changed).logits[:, :8], model(ids).logits[:, :8]
+    torch.testing.assert_close(got, expected, atol=family.experts_round, rtol=0)
     changed[0, 7] = 1 + changed[0, 7] % 50
     assert not torch.isclose(model(ids).logits[0, 4], model(changed).logits[0, 4]).any()
 
@@ -147,11 +156,11 @@ def test_masked_and_compact_models_equal_one_zeroed_by_hand(family, heads, with_
                 layer.mlp.down_proj.weight[:, channel] = 0
     ids = tokens(2, 11, seed=4)
     expected = expected_of(family, zeroed, ids)
-    experts = {name: t for name, t in model.state_dict().items() if ".experts." in name}
+    kept = {name: t for name, t in model.state_dict().items() if family.untouched(name)}
     for mode in ("mask", "compact"):
         pruned = sp.apply(copy.deepcopy(model), plan, mode=mode)
         close(pruned(ids).logits, expected)
-        assert all(torch.equal(pruned.state_dict()[name], t) for name, t in experts.items())
+        assert kept and all(torch.equal(pruned.state_dict()[name], t) for name, t in kept.items())
     masked = sp.restore(sp.apply(copy.deepcopy(model), plan, mode="mask"))
     assert torch.equal(masked(ids).logits, model(ids).logits)
 
@@ -164,12 +173,13 @@ def test_nothing_pruned_changes_nothing(family, mode):
     torch.testing.assert_close(model(ids).logits, expected, atol=0 if mode == "mask" else 1e-6, rtol=0)
 
 
-def test_column_mass_equals_that_of_the_independent_forward(family):
+@pytest.mark.parametrize("padding", [0, 3], ids=["", "padded"])
+def test_column_mass_equals_that_of_the_independent_forward(family, padding):
     model, ids = family.toy(), tokens(2, 11, seed=5)
     valid = torch.ones(2, 11, dtype=torch.long)
-    valid[1, :3] = 0
+    valid[1, :padding] = 0
     with sp.track(model) as tracker:
-        sp.adapter_for(model).predict(ids, valid)
+        sp.adapter_for(model).predict(ids, valid) if padding else model(ids)
     expected = []
     for row, seen in enumerate(valid.bool()):
         found = []

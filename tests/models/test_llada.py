@@ -77,11 +77,18 @@ def test_loading_converts_the_dtype_asked_for(tmp_path):
         ({"n_kv_heads": 3}, "n_heads a multiple of n_kv_heads"),
         ({"layer_norm_type": "low_precision"}, "only layer_norm_type='rms' is supported"),
         ({"activation_type": "gelu"}, "only activation_type='silu' is supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "only rope_type='default' is supported"),
     ],
 )
 def test_a_config_it_cannot_compute_is_refused_by_key(changes, message):
     with pytest.raises(ValueError, match=message):
         LLaDAConfig.from_dict(published_config(**changes))
+
+
+def test_the_rope_base_is_read_where_transformers_5_writes_it():
+    config = published_config(rope_parameters={"rope_type": "default", "rope_theta": 5.0})
+    del config["rope_theta"]
+    assert LLaDAConfig.from_dict(config).rope_theta == 5.0
 
 
 def test_config_round_trips_unknown_keys():
