@@ -34,8 +34,9 @@ STAGES = ("heads", "claims", "weights")
 
 HEAD = """# Study: what to remove
 
-`make study REACTIONS=FILE` measures everything on this page and writes it: 83 minutes on two CPU cores from an
-empty folder, in parts that resume. `FILE` holds reactions, one SMILES a line; without it rxnfp is left out.
+`make study REACTIONS=FILE` measures everything on this page and writes it: 83 minutes on two CPU cores from
+an empty folder, in parts that resume. `FILE` holds reactions, one SMILES a line; without it rxnfp is left
+out.
 
 Two models: "tiny", which this package ships (6.0 M parameters, 6 layers of 8 heads, trained here on
 presidential speeches), and `rxnfp` (6.7 M, 12 x 4 heads), a masked language model of chemical reactions that
