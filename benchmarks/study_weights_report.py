@@ -55,13 +55,13 @@ TOKENS = """## Token-wise pruning
 `{command}` (benchmarks/token_pruning.py)
 
 "tiny", held-out windows denoised in 16 steps; positions that were transient sinks one step before, left
-out layer by layer, beside as many others."""
+out layer by layer, beside about as many others."""
 INT8 = """## Compact first, then int8
 
 `{command}` (benchmarks/quantised.py)
 
-"tiny" without {removed:.0%} of its block parameters, and PyTorch's dynamic int8 quantisation of every
-linear layer, LM head included, on the CPU; 1 x 128 tokens."""
+"tiny" without {removed:.0%} of its block parameters (by `magnitude`, not repaired), and PyTorch's dynamic
+int8 quantisation of every linear layer, LM head included, on the CPU; 1 x 128 tokens."""
 NOT_MEASURED = """## Not measured
 
 2:4 executed: `python benchmarks/semi_structured.py` times PyTorch's semi-structured kernels against dense
@@ -242,7 +242,9 @@ def _tokens(rows: dict[str, Any]) -> str:
     worse = bootstrap_difference(rows["tiny/tokens/keys"]["per_window"], random).low > 0
     saved = rows["tiny/tokens/keys"]["left_out"]
     verdict = (
-        "costs more than leaving out as many keys at random" if worse else "costs no more than random keys"
+        "costs more than leaving out about as many keys at random"
+        if worse
+        else "costs no more than random keys"
     )
     lines += [
         "",
@@ -257,7 +259,7 @@ def _int8(rows: dict[str, Any]) -> str:
     lines = [
         INT8.format(command=COMMAND, removed=row["parameters_removed"]),
         "",
-        "| model | NLL | against dense | MB saved | ms | speed-up |",
+        "| model | NLL | against dense | MB on disk | ms | speed-up |",
         "|---|---|---|---|---|---|",
     ]
     for name, values in row["per_window"].items():

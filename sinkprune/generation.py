@@ -258,9 +258,8 @@ def _prepare(
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
     if steps < count or steps % count or steps > gen_length:
-        raise ValueError(
-            f"steps must be a multiple of {count} blocks and at most gen_length={gen_length}, got {steps}"
-        )
+        multiple = f"a multiple of {count} blocks and " if count > 1 else ""
+        raise ValueError(f"steps must be {multiple}at most gen_length={gen_length}, got {steps}")
     mask_id = adapter.mask_token_id if mask_token_id is None else mask_token_id
     if mask_id is None:
         raise ValueError("the model's config names no mask token: pass mask_token_id")

@@ -267,6 +267,12 @@ def scores_of(rule: HeadCriterion, adapter: Adapter, evidence: Evidence) -> Tens
     return scores
 
 
+def check_ratio(ratio: float) -> None:
+    """Raise ``ValueError`` outside [0, 1)."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio must lie in [0, 1), got {ratio}")
+
+
 def _check_arguments(
     adapter: Adapter,
     rule: HeadCriterion,
@@ -280,8 +286,7 @@ def _check_arguments(
 ) -> None:
     if adapter.form != "dense":
         raise ValueError(f"the model is already pruned ({adapter.form} form); plan on the dense model")
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio must lie in [0, 1), got {ratio}")
+    check_ratio(ratio)
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
     if not targets or set(targets) - set(TARGETS):

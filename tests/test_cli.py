@@ -110,6 +110,12 @@ def test_report_is_self_contained_and_says_what_the_files_say(made, tmp_path, ca
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("arguments", [["--criterion", "magnitud"], ["--ratio", "2"]], ids=" ".join)
+def test_demo_refuses_before_the_long_work_and_makes_no_folder(tmp_path, capsys, arguments):
+    assert main(["demo", "--out", str(tmp_path / "d"), *arguments]) == 2
+    assert "loading" not in capsys.readouterr().err and not (tmp_path / "d").exists()
+
+
 def test_demo_writes_what_it_promises(tmp_path, capsys):
     run("demo", "--out", tmp_path / "d", "--prompts", "2", "--steps", "8", "--gen-length", "16")
     report = json.loads((tmp_path / "d" / "report.json").read_text())

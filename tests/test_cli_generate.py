@@ -30,8 +30,10 @@ def test_generate_says_how_many_forwards_and_bytes_it_took(capsys):
 def test_of_one_likeliest_token_any_temperature_takes_that(capsys):
     texts = []
     for limits in ([], ["--temperature", "2", "--top-k", "1"], ["--temperature", "2", "--top-p", "1e-9"]):
-        assert main(["generate", "tiny", "The Congress", *SIZES, "--steps", "8", *limits, "--json"]) == 0
-        texts.append(json.loads(capsys.readouterr().out)["text"])
+        assert main(["generate", "tiny", "The Congress", *SIZES, *limits, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["forwards"] == 8  # unless told otherwise, one a new token
+        texts.append(result["text"])
     assert texts[0] == texts[1] == texts[2]
 
 

@@ -24,7 +24,10 @@ def add_commands(commands: arguments.Commands) -> None:
 def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The whole story on one model: profile, plan, apply, compare, report."""
     from sinkprune import checkpoint, costs, hardware, planning, profiling, repacking, report
+    from sinkprune.criteria import criterion_for
 
+    criterion_for(options.criterion)  # a word or a share that can't be is refused before the long work
+    planning.check_ratio(options.ratio)
     out = arguments.output_folder(options.out)
     started = time.monotonic()
     say = arguments.teller(options)
