@@ -26,6 +26,7 @@ from sinkprune.adapters.base import (
     MLPWeights,
     require_eval,
     require_repackable,
+    tensors_of,
 )
 from sinkprune.modules import AttentionCall, AttentionObserver
 
@@ -280,17 +281,12 @@ class TransformersAdapter(Adapter):
         return getattr(self.config, "mask_token_id", None)
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        found = self.projections_of(self.blocks()[layer])
-        if "qkv" in found:
-            weights: dict[str, Any] = {}
-            for name, suffix in (("weight", ""), ("bias", "_bias")):
-                fused = getattr(found["qkv"], name)
+        weights = tensors_of(self.projections_of(self.blocks()[layer]), layer)
+        if "qkv" in weights:
+            for suffix in ("", "_bias"):
+                fused = weights.pop(f"qkv{suffix}")
                 parts = (None,) * 3 if fused is None else fused.chunk(3)
                 weights |= {f"{role}{suffix}": part for role, part in zip("qkv", parts, strict=True)}
-            weights |= {"o": found["o"].weight, "o_bias": found["o"].bias}
-        else:
-            weights = {role: linear.weight for role, linear in found.items()}
-            weights |= {f"{role}_bias": linear.bias for role, linear in found.items()}
         attention = self._attention(layer)
         return AttentionWeights(
             **weights,

@@ -12,7 +12,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from sinkprune.adapters.base import AttentionWeights, Facts, Geometry, check_ready, register_adapter
+from sinkprune.adapters.base import (
+    AttentionWeights,
+    Facts,
+    Geometry,
+    check_ready,
+    register_adapter,
+    require_eval,
+)
 from sinkprune.adapters.transformers_attention import (
     TransformersAdapter,
     is_transformers_model,
@@ -97,8 +104,7 @@ class TransformersDiffusionGemma(TransformersAdapter):
             raise ValueError(
                 f"this model can't take the compact form: {self.refuse_compact()}; use mode='mask'"
             )
-        if self.model.training and self.config.attention_dropout:
-            raise ValueError("the model is in training mode with attention dropout: call model.eval()")
+        require_eval(self.model, self.config.attention_dropout)
 
     def refuse_compact(self) -> str | None:
         return (

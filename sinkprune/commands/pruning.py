@@ -169,6 +169,7 @@ def _add_apply(commands: arguments.Commands) -> None:
 def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from sinkprune import checkpoint, planning, repacking
 
+    out = arguments.new_folder(options.out, options.overwrite)
     plan = planning.PrunePlan.load(options.plan)
     model, tokenizer = checkpoint.load(options.model, device=options.device)
     before = sum(p.numel() for p in model.parameters())
@@ -183,6 +184,6 @@ def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         low_memory=options.low_memory,
     )
     after = sum(p.numel() for p in model.parameters())
-    folder = checkpoint.save(model, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
+    folder = checkpoint.save(model, out, tokenizer=tokenizer, overwrite=options.overwrite)
     text = f"{before:,} -> {after:,} parameters\nwrote {folder}"
     return {"parameters_before": before, "parameters_after": after, "folder": str(folder)}, text
