@@ -27,7 +27,7 @@ test: setup
 # Measure every criterion, the claims and weight-level pruning, and write docs/study.md (resumable).
 study: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-study.txt
-	$(BIN)/python benchmarks/study.py $(if $(REACTIONS),--reactions $(REACTIONS))
+	$(BIN)/python benchmarks/study/study.py $(if $(REACTIONS),--reactions $(REACTIONS))
 
 # 12,000 random calls through a build with address and undefined-behaviour sanitizers (a few minutes).
 sanitize: setup

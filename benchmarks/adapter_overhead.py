@@ -21,8 +21,8 @@ import transformers
 from torch import Tensor, nn
 
 import sinkprune as sp
-from sinkprune.planning import LayerPlan, PrunePlan
-from sinkprune.timing import interleaved
+from sinkprune.planning.timing import interleaved
+from sinkprune.plans import LayerPlan, PrunePlan
 
 SIZES = dict(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 import sinkprune as sp
-from sinkprune.checkpoint import asset
-from sinkprune.costs import block_parameters, layer_sizes
-from sinkprune.timing import interleaved
-from sinkprune.windows import cache_size
+from sinkprune.checkpoints.checkpoint import asset
+from sinkprune.evaluation.footprint import cache_size
+from sinkprune.planning.timing import interleaved
+from sinkprune.plans import block_parameters, layer_sizes
 
 CACHES = (None, "prefix", "dual")
 

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinkprune import ops
+from sinkprune.evidence.sinks import SinkTracker
 from sinkprune.kernels import roofline
-from sinkprune.sinks import SinkTracker
 
 MODELS = {"LLaDA-8B": (32, 32, 128), "Dream-7B": (28, 4, 128)}
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)

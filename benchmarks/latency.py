@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from latency_groups import (
+from speed.latency_groups import (
     SHAPES,
     Case,
     CheckFailed,
@@ -31,13 +31,13 @@ from latency_groups import (
     needed_bytes,
     random_model,
 )
-from latency_rows import Row, compare, table, time_group, write
+from speed.latency_rows import Row, compare, table, time_group, write
 from tqdm import tqdm
 
 import sinkprune as sp
-from sinkprune.costs import ceiling
-from sinkprune.hardware import Roofs, roofs
-from sinkprune.planning import LayerPlan
+from sinkprune.planning.costs import ceiling
+from sinkprune.planning.hardware import Roofs, roofs
+from sinkprune.plans import LayerPlan
 
 __all__ = ["SHAPES", "Case", "cases", "main", "random_model"]
 Groups = Callable[[Case, str], Iterator[tuple[str, list[Variant]]]]

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from latency_groups import geometry_of
+from speed.latency_groups import geometry_of
 
 import sinkprune as sp
-from sinkprune.costs import ceiling
-from sinkprune.footprint import longest, memory
-from sinkprune.hardware import data_sheet
-from sinkprune.planning import LayerPlan
+from sinkprune.evaluation.footprint import longest, memory
+from sinkprune.planning.costs import ceiling
+from sinkprune.planning.hardware import data_sheet
+from sinkprune.plans import LayerPlan
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sinkprune import native
+from sinkprune.ops import native
 
 Variants = dict[str, Callable[[], object]]
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinkprune.sparsification.methods import Target, prune_magnitude
-from sinkprune.timing import interleaved
+from sinkprune.planning.timing import interleaved
+from sinkprune.pruning.sparsification.methods import Target, prune_magnitude
 
 ROOT = Path(__file__).parent.parent
 # [outputs, inputs] of a block's matrices

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sinkprune as sp
-from sinkprune.timing import interleaved
+from sinkprune.planning.timing import interleaved
 
 KeyValueCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

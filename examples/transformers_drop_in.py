@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import sinkprune as sp
-from sinkprune.timing import interleaved
+from sinkprune.planning.timing import interleaved
 
 
 def toy_model() -> nn.Module:

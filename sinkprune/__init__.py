@@ -17,78 +17,78 @@ from sinkprune.version import __version__
 
 _HOMES = {
     "adapter_for": "adapters",
-    "apply": "repacking",
-    "bootstrap_difference": "intervals",
-    "calibrate": "calibration",
-    "Calibration": "calibration",
-    "ceiling": "costs",
-    "CompactMLP": "modules",
-    "computed_table": "latency_table",
-    "denoise": "generation",
-    "evaluate": "evaluation",
-    "export": "exporting",
-    "evaluate_generation": "generation_quality",
-    "fuse": "fusing",
-    "generate": "generation",
-    "LatencyTable": "latency_table",
-    "load": "checkpoint",
-    "measured_table": "latency_table",
-    "memory": "footprint",
-    "PhaseSchedule": "schedules",
-    "plan": "planning",
-    "profile": "profiling",
-    "PrunePlan": "planning",
-    "restore": "repacking",
-    "roofs": "hardware",
-    "save": "checkpoint",
-    "SinkProfile": "profiling",
-    "SinkPrunedAttention": "modules",
-    "SinkTracker": "sinks",
-    "StepGraph": "graphs",
-    "scheduled": "schedules",
-    "Sparsity": "sparsification",
-    "sparsify": "sparsification",
-    "track": "tracking",
-    "trajectories": "sparsification",
+    "apply": "pruning.repacking",
+    "bootstrap_difference": "evaluation.intervals",
+    "calibrate": "evidence.calibration",
+    "Calibration": "evidence.calibration",
+    "ceiling": "planning.costs",
+    "CompactMLP": "models.modules",
+    "computed_table": "planning.latency_table",
+    "denoise": "generation.denoising",
+    "evaluate": "evaluation.predictions",
+    "export": "checkpoints.exporting",
+    "evaluate_generation": "evaluation.generation_quality",
+    "fuse": "pruning.repacking",
+    "generate": "generation.denoising",
+    "LatencyTable": "planning.latency_table",
+    "load": "checkpoints.checkpoint",
+    "measured_table": "planning.latency_table",
+    "memory": "evaluation.footprint",
+    "PhaseSchedule": "pruning.schedules",
+    "plan": "planning.planner",
+    "profile": "generation.profiling",
+    "PrunePlan": "plans",
+    "restore": "pruning.repacking",
+    "roofs": "planning.hardware",
+    "save": "checkpoints.checkpoint",
+    "SinkProfile": "evidence.profiles",
+    "SinkPrunedAttention": "models.modules",
+    "SinkTracker": "evidence.sinks",
+    "StepGraph": "generation.graphs",
+    "scheduled": "pruning.schedules",
+    "Sparsity": "pruning.sparsification",
+    "sparsify": "pruning.sparsification",
+    "track": "evidence.tracking",
+    "trajectories": "generation.trajectories",
 }
 __all__ = ["__version__", "ops", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
     from sinkprune import ops as ops
     from sinkprune.adapters import adapter_for as adapter_for
-    from sinkprune.calibration import Calibration as Calibration
-    from sinkprune.calibration import calibrate as calibrate
-    from sinkprune.checkpoint import load as load
-    from sinkprune.checkpoint import save as save
-    from sinkprune.costs import ceiling as ceiling
-    from sinkprune.evaluation import evaluate as evaluate
-    from sinkprune.exporting import export as export
-    from sinkprune.footprint import memory as memory
-    from sinkprune.fusing import fuse as fuse
-    from sinkprune.generation import denoise as denoise
-    from sinkprune.generation import generate as generate
-    from sinkprune.generation_quality import evaluate_generation as evaluate_generation
-    from sinkprune.graphs import StepGraph as StepGraph
-    from sinkprune.hardware import roofs as roofs
-    from sinkprune.intervals import bootstrap_difference as bootstrap_difference
-    from sinkprune.latency_table import LatencyTable as LatencyTable
-    from sinkprune.latency_table import computed_table as computed_table
-    from sinkprune.latency_table import measured_table as measured_table
-    from sinkprune.modules import CompactMLP as CompactMLP
-    from sinkprune.modules import SinkPrunedAttention as SinkPrunedAttention
-    from sinkprune.planning import PrunePlan as PrunePlan
-    from sinkprune.planning import plan as plan
-    from sinkprune.profiling import SinkProfile as SinkProfile
-    from sinkprune.profiling import profile as profile
-    from sinkprune.repacking import apply as apply
-    from sinkprune.repacking import restore as restore
-    from sinkprune.schedules import PhaseSchedule as PhaseSchedule
-    from sinkprune.schedules import scheduled as scheduled
-    from sinkprune.sinks import SinkTracker as SinkTracker
-    from sinkprune.sparsification import Sparsity as Sparsity
-    from sinkprune.sparsification import sparsify as sparsify
-    from sinkprune.sparsification import trajectories as trajectories
-    from sinkprune.tracking import track as track
+    from sinkprune.checkpoints.checkpoint import load as load
+    from sinkprune.checkpoints.checkpoint import save as save
+    from sinkprune.checkpoints.exporting import export as export
+    from sinkprune.evaluation.footprint import memory as memory
+    from sinkprune.evaluation.generation_quality import evaluate_generation as evaluate_generation
+    from sinkprune.evaluation.intervals import bootstrap_difference as bootstrap_difference
+    from sinkprune.evaluation.predictions import evaluate as evaluate
+    from sinkprune.evidence.calibration import Calibration as Calibration
+    from sinkprune.evidence.calibration import calibrate as calibrate
+    from sinkprune.evidence.profiles import SinkProfile as SinkProfile
+    from sinkprune.evidence.sinks import SinkTracker as SinkTracker
+    from sinkprune.evidence.tracking import track as track
+    from sinkprune.generation.denoising import denoise as denoise
+    from sinkprune.generation.denoising import generate as generate
+    from sinkprune.generation.graphs import StepGraph as StepGraph
+    from sinkprune.generation.profiling import profile as profile
+    from sinkprune.generation.trajectories import trajectories as trajectories
+    from sinkprune.models.modules import CompactMLP as CompactMLP
+    from sinkprune.models.modules import SinkPrunedAttention as SinkPrunedAttention
+    from sinkprune.planning.costs import ceiling as ceiling
+    from sinkprune.planning.hardware import roofs as roofs
+    from sinkprune.planning.latency_table import LatencyTable as LatencyTable
+    from sinkprune.planning.latency_table import computed_table as computed_table
+    from sinkprune.planning.latency_table import measured_table as measured_table
+    from sinkprune.planning.planner import plan as plan
+    from sinkprune.plans import PrunePlan as PrunePlan
+    from sinkprune.pruning.repacking import apply as apply
+    from sinkprune.pruning.repacking import fuse as fuse
+    from sinkprune.pruning.repacking import restore as restore
+    from sinkprune.pruning.schedules import PhaseSchedule as PhaseSchedule
+    from sinkprune.pruning.schedules import scheduled as scheduled
+    from sinkprune.pruning.sparsification import Sparsity as Sparsity
+    from sinkprune.pruning.sparsification import sparsify as sparsify
 
 
 def __getattr__(name: str) -> Any:

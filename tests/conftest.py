@@ -47,6 +47,7 @@ def bench() -> Iterator[Callable[[str], ModuleType]]:
     """Imports a script of benchmarks/ by name, as the scripts import each other; gone afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
+        patch.syspath_prepend(str(BENCHMARKS / "study"))
         before = set(sys.modules)
         yield importlib.import_module
         for name in set(sys.modules) - before:

@@ -8,6 +8,7 @@ import torch
 from toys import one_thread, tokens, toy  # noqa: F401
 
 import sinkprune as sp
+from sinkprune.plans import LayerPlan
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -24,7 +25,7 @@ def test_the_custom_stack_computes_the_native_model_pruned_or_not(custom_stack):
     model, ids, heads = toy(), tokens(1, 12), [[0, 2], [1], [0, 1, 3]]
     stack = custom_stack.Stack(model.state_dict(), 4, 500000.0, 1e-5)
     adapter = sp.adapter_for(model)
-    plan = sp.PrunePlan(adapter.geometry(), "", [sp.planning.LayerPlan(kept) for kept in heads])
+    plan = sp.PrunePlan(adapter.geometry(), "", [LayerPlan(kept) for kept in heads])
     with torch.no_grad():
         for prune in (False, True):
             if prune:

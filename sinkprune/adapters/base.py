@@ -10,54 +10,15 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sinkprune.caches import Cache
-from sinkprune.modules import AttentionCall
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a dense model. ``heads``, ``kv_heads`` and ``channels`` have one entry per layer.
-
-    ``mlp_matrices`` of a layer's MLP: 3 where it is gated, 2 where it is not.
-    """
-
-    family: str
-    hidden: int
-    head_dim: int
-    vocabulary: int
-    context: int
-    heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    channels: tuple[int, ...]
-    mlp_matrices: int = 3
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.heads)
-
-    def kv_head_of(self, layer: int) -> list[int]:
-        """The key/value head that each query head of ``layer`` reads."""
-        group = self.heads[layer] // self.kv_heads[layer]
-        return [head // group for head in range(self.heads[layer])]
-
-    def kv_heads_used(self, layer: int, heads: list[int]) -> list[int]:
-        """The key/value heads that the query heads ``heads`` of ``layer`` read, sorted."""
-        owner = self.kv_head_of(layer)
-        return sorted({owner[head] for head in heads})
-
-    def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Geometry:
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+from sinkprune.models.caches import Cache
+from sinkprune.models.modules import AttentionCall
+from sinkprune.plans import Geometry
 
 
 @dataclass(frozen=True)
@@ -113,7 +74,9 @@ class Adapter(ABC):
 
     family: str
     facts: ClassVar[Facts | None] = None
-    caches: ClassVar[tuple[str, ...]] = ()  # names of those in ``sinkprune.caches`` that the model takes
+    caches: ClassVar[
+        tuple[str, ...]
+    ] = ()  # names of those in ``sinkprune.models.caches`` that the model takes
     shift: ClassVar[int] = 0  # 1 where a row of the model's logits is about the next token
 
     def __init__(self, model: nn.Module) -> None:

@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sinkprune.adapters.base import Facts, Geometry, MLPWeights, register_adapter
+from sinkprune.adapters.base import Facts, MLPWeights, register_adapter
 from sinkprune.adapters.live import LiveAdapter, LiveAttention
 from sinkprune.adapters.live_layers import InterceptAttention
 from sinkprune.models.block_causal import positions_of
+from sinkprune.plans import Geometry
 
 _PACKED = "regular_attention_multi_headed"
 _VARLEN = "flash_attn_varlen_qkvpacked_func"

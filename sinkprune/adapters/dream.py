@@ -1,4 +1,5 @@
-"""The native Dream of ``sinkprune.models.dream``."""
+"""Dream: the native one, and live objects of the published Dream and DiffuCoder code and its copies
+(Fast-dLLM's, …)."""
 
 from __future__ import annotations
 
@@ -12,16 +13,17 @@ from sinkprune.adapters.base import (
     Adapter,
     AttentionWeights,
     Facts,
-    Geometry,
     LayerObserver,
     MLPWeights,
     modules_of,
     register_adapter,
     tensors_of,
 )
-from sinkprune.caches import Cache
+from sinkprune.adapters.live_layers import LiveLayers, calls_attention, layers_of
+from sinkprune.models.caches import Cache
 from sinkprune.models.common import GatedMLP
 from sinkprune.models.dream import Dream, DreamAttention, DreamLayer
+from sinkprune.plans import Geometry
 
 ATTENTION = {role: f"self_attn.{role}_proj" for role in "qkvo"}
 MLP = {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
@@ -120,3 +122,37 @@ def shifted_rows(input_ids: Tensor, rows: slice = slice(None)) -> Tensor:
     """
     tokens = torch.arange(input_ids.shape[1], device=input_ids.device)[rows]
     return (tokens - 1).clamp(min=0)
+
+
+_COUNTS = ("num_heads", "num_key_value_heads", "num_key_value_groups", "head_dim", "hidden_size")
+
+
+@register_adapter
+class DreamLayers(LiveLayers):
+    """``model.model.layers`` of a bidirectional Qwen2 tree whose logits are a token late, as Dream's are.
+
+    Plans of the native Dream fit, and its plans fit there.
+    """
+
+    family = "dream"
+    facts = Facts("Dream-7B, DiffuCoder, copies (Fast-dLLM's)")
+    shift = 1
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        layers = layers_of(model)
+        return bool(layers) and all(_is_dream(getattr(layer, "self_attn", None)) for layer in layers)
+
+    def predict(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
+    ) -> Tensor:
+        return super().predict(input_ids, attention_mask)[:, shifted_rows(input_ids, rows)]
+
+
+def _is_dream(attention: nn.Module | None) -> bool:
+    """LLaDA-MoE and SDAR, which predict in place, norm each head's queries."""
+    return (
+        calls_attention(attention, DreamLayers.attention_names.values(), _COUNTS)
+        and not getattr(attention, "is_causal", False)
+        and not hasattr(attention, "q_norm")
+    )

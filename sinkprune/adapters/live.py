@@ -29,7 +29,7 @@ from sinkprune.adapters.base import (
     require_repackable,
     tensors_of,
 )
-from sinkprune.modules import AttentionCall, AttentionObserver
+from sinkprune.models.modules import AttentionCall, AttentionObserver
 
 _NAME = "sinkprune_attention"  # the submodule that a live attention gets while something of ours is active
 

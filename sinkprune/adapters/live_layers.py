@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sinkprune.adapters.base import Geometry
-from sinkprune.adapters.block_causal import MLP
 from sinkprune.adapters.live import LiveAdapter, LiveAttention
+from sinkprune.adapters.native import MLP
 from sinkprune.models.block_causal import positions_of
+from sinkprune.plans import Geometry
 
 _CALL = "scaled_dot_product_attention"
 

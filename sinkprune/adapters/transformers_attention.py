@@ -21,14 +21,14 @@ from sinkprune import ops
 from sinkprune.adapters.base import (
     Adapter,
     AttentionWeights,
-    Geometry,
     LayerObserver,
     MLPWeights,
     require_eval,
     require_repackable,
     tensors_of,
 )
-from sinkprune.modules import AttentionCall, AttentionObserver
+from sinkprune.models.modules import AttentionCall, AttentionObserver
+from sinkprune.plans import Geometry
 
 NAME = "sinkprune"
 _SELECTION = "sinkprune_heads"  # the submodule that attention modules get

@@ -12,19 +12,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from sinkprune.adapters.base import (
-    AttentionWeights,
-    Facts,
-    Geometry,
-    check_ready,
-    register_adapter,
-    require_eval,
-)
+from sinkprune.adapters.base import AttentionWeights, Facts, check_ready, register_adapter, require_eval
 from sinkprune.adapters.transformers_attention import (
     TransformersAdapter,
     is_transformers_model,
     selection_of,
 )
+from sinkprune.plans import Geometry
 
 
 @register_adapter

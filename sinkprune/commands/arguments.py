@@ -95,7 +95,7 @@ def teller(options: argparse.Namespace) -> Callable[[str], None]:
 def read_text(path: str | None, embedded: str) -> str:
     """The text of a file, or without one the text of that name that the package ships."""
     if path is None:
-        from sinkprune import checkpoint
+        from sinkprune.checkpoints import checkpoint
 
         return checkpoint.asset(f"text/{embedded}.txt").read_text("utf-8")
     try:
@@ -118,7 +118,7 @@ def prompts_from(text: str, tokenizer: Any, *, count: int, tokens: int = 16) -> 
 
 def calibration_rows(model: Any, tokenizer: Any, options: argparse.Namespace) -> Any:
     """Masked windows of ``--calibration``, or of the embedded text; None without a tokenizer."""
-    from sinkprune import calibration
+    from sinkprune.evidence import calibration
 
     if tokenizer is None and options.calibration is None:
         return None

@@ -26,7 +26,9 @@ def add_commands(commands: arguments.Commands) -> None:
 
 
 def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from sinkprune import checkpoint, profiling, report
+    from sinkprune.checkpoints import checkpoint
+    from sinkprune.evaluation import report
+    from sinkprune.generation import profiling
 
     out = arguments.output_folder(options.out)
     say = arguments.teller(options)
@@ -57,7 +59,7 @@ def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def summary(values: dict[str, Any]) -> str:
     """What a report's ``values`` say in three lines: what went, the quality, the speed."""
-    from sinkprune.costs import ceilings_text
+    from sinkprune.planning.costs import ceilings_text
 
     plan, quality, speed = values["plan"], values["quality"], values["speed"]
     return (

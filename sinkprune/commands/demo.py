@@ -23,8 +23,13 @@ def add_commands(commands: arguments.Commands) -> None:
 
 def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The whole story on one model: profile, plan, apply, compare, report."""
-    from sinkprune import checkpoint, costs, hardware, planning, profiling, repacking, report
-    from sinkprune.criteria import criterion_for
+    from sinkprune.checkpoints import checkpoint
+    from sinkprune.evaluation import report
+    from sinkprune.generation import profiling
+    from sinkprune.planning import costs, hardware
+    from sinkprune.planning import planner as planning
+    from sinkprune.planning.criteria import criterion_for
+    from sinkprune.pruning import repacking
 
     criterion_for(options.criterion)  # a word or a share that can't be is refused before the long work
     planning.check_ratio(options.ratio)

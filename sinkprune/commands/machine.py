@@ -33,7 +33,8 @@ def add_commands(commands: arguments.Commands) -> None:
 
 def _tune(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Time the shipped tiles on this GPU for a model's shapes, and keep the fastest."""
-    from sinkprune import doctor, tuning
+    from sinkprune.commands import doctor
+    from sinkprune.kernels import tuning
 
     facts = doctor.recognise(options.model)
     shapes = [
@@ -47,7 +48,7 @@ def _tune(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from sinkprune import doctor
+    from sinkprune.commands import doctor
 
     facts = doctor.diagnose() if options.model is None else doctor.recognise(options.model)
     return facts, doctor.describe(facts)

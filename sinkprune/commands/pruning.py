@@ -31,7 +31,8 @@ def _add_profile(commands: arguments.Commands) -> None:
 
 
 def _profile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from sinkprune import checkpoint, profiling
+    from sinkprune.checkpoints import checkpoint
+    from sinkprune.generation import profiling
 
     out = arguments.output_file(options.out)
     model, tokenizer = checkpoint.load(options.model, device=options.device)
@@ -90,7 +91,10 @@ def _add_plan(commands: arguments.Commands) -> None:
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from sinkprune import checkpoint, costs, hardware, planning, profiling
+    from sinkprune.checkpoints import checkpoint
+    from sinkprune.generation import profiling
+    from sinkprune.planning import costs, hardware
+    from sinkprune.planning import planner as planning
 
     out = arguments.output_file(options.out)
     roofs = hardware.roofs(options.roofs or options.device)
@@ -135,7 +139,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _latency_table(model: Any, options: argparse.Namespace) -> Any:
     """The table of ``--latency-table``: a file's, measured now, or computed for a GPU's data sheet."""
-    from sinkprune import hardware, latency_table
+    from sinkprune.planning import hardware, latency_table
 
     name = options.latency_table
     if name is None:
@@ -167,7 +171,9 @@ def _add_apply(commands: arguments.Commands) -> None:
 
 
 def _apply(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from sinkprune import checkpoint, planning, repacking
+    from sinkprune.checkpoints import checkpoint
+    from sinkprune.planning import planner as planning
+    from sinkprune.pruning import repacking
 
     out = arguments.new_folder(options.out, options.overwrite)
     plan = planning.PrunePlan.load(options.plan)

@@ -32,7 +32,8 @@ def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     from tqdm import tqdm
 
-    from sinkprune import checkpoint, evaluation
+    from sinkprune.checkpoints import checkpoint
+    from sinkprune.evaluation import predictions as evaluation
 
     text = arguments.read_text(options.text, "held_out")
     loaded = [
@@ -77,7 +78,7 @@ def _eval_generation(
 ) -> tuple[dict[str, Any], str]:
     from tqdm import tqdm
 
-    from sinkprune import generation_quality
+    from sinkprune.evaluation import generation_quality
 
     scorer = None
     if options.scorer:

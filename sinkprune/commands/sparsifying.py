@@ -37,7 +37,9 @@ def add_commands(commands: arguments.Commands) -> None:
 
 
 def _sparsify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from sinkprune import calibration, checkpoint, sparsification
+    from sinkprune.checkpoints import checkpoint
+    from sinkprune.evidence import calibration
+    from sinkprune.pruning import sparsification
 
     out = arguments.new_folder(options.out, options.overwrite)
     model, tokenizer = checkpoint.load(options.model, device=options.device)
@@ -49,7 +51,7 @@ def _sparsify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             tokenizer=tokenizer,
             sequences=options.sequences,
             length=options.length,
-            levels=sparsification.TEN_LEVELS,
+            levels=calibration.TEN_LEVELS,
             seed=options.seed,
         )
     sparsification.sparsify(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sinkprune.commands import arguments
+from sinkprune.commands import arguments, fitting
 
 
 def add_commands(commands: arguments.Commands) -> None:
@@ -30,13 +30,16 @@ def add_commands(commands: arguments.Commands) -> None:
 
 
 def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from sinkprune import checkpoint, footprint, generation, windows
+    from sinkprune.checkpoints import checkpoint
+    from sinkprune.evaluation import footprint
+    from sinkprune.generation import denoising as generation
+    from sinkprune.generation import windows
 
     block = options.block_length or options.gen_length
     total = len(options.prompt.split()) + options.gen_length  # at least
     batch = 2 if options.cfg_scale else 1
     held = total if options.cache else 0
-    footprint.check_folder_fits(options.model, options.device, batch, total, block, held)
+    fitting.check_folder_fits(options.model, options.device, batch, total, block, held)
     model, tokenizer = checkpoint.load(options.model, device=options.device)
     cache = windows.new_cache(options.cache)
     steps: list[generation.Step] = []
@@ -56,7 +59,7 @@ def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     result = {"prompt": options.prompt, "text": text, "forwards": len(steps)}
     if cache is not None:
-        result |= {"cache_bytes": cache.bytes, "cache_bytes_saved": windows.saved_bytes(model, cache)}
+        result |= {"cache_bytes": cache.bytes, "cache_bytes_saved": footprint.saved_bytes(model, cache)}
         arguments.teller(options)(
             f"{len(steps)} forwards; the cache took {cache.bytes / 1e6:.2f} MB, "
             f"{result['cache_bytes_saved'] / 1e6:.2f} MB less than the dense model's"

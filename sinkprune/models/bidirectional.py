@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from sinkprune.caches import Cache
+from sinkprune.models.caches import Cache
 from sinkprune.models.common import AttentionCore, NativeLM
-from sinkprune.modules import KeyValueCache, Rotary
-from sinkprune.rotary import apply_rotary
+from sinkprune.models.modules import KeyValueCache, Rotary
+from sinkprune.models.rotary import apply_rotary
 
 
 class BidirectionalAttention(AttentionCore):

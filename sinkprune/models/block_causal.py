@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinkprune.caches import Cache, key_positions
+from sinkprune.models.caches import Cache, key_positions
 from sinkprune.models.common import DLMOutput, NativeLM, PublishedConfig, RMSNorm
-from sinkprune.modules import KeyValueCache
+from sinkprune.models.modules import KeyValueCache
 
 
 @dataclass(kw_only=True)

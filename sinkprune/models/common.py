@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
-from sinkprune.modules import AttentionCall, AttentionObserver
-from sinkprune.rotary import rotary_table
+from sinkprune.models.modules import AttentionCall, AttentionObserver
+from sinkprune.models.rotary import rotary_table
 
 Config = TypeVar("Config", bound="PublishedConfig")
 

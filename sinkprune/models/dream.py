@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinkprune.caches import Cache, key_positions
-from sinkprune.features import LayerParts
 from sinkprune.models.bidirectional import BidirectionalAttention, BidirectionalLM
+from sinkprune.models.caches import Cache, key_positions
 from sinkprune.models.common import DLMOutput, GatedMLP, PublishedConfig, RMSNorm
-from sinkprune.modules import KeyValueCache, Rotary
+from sinkprune.models.features import LayerParts
+from sinkprune.models.modules import KeyValueCache, Rotary
 
 
 @dataclass(kw_only=True)

@@ -15,11 +15,11 @@ from typing import Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinkprune.caches import Cache, key_positions
-from sinkprune.features import LayerParts
 from sinkprune.models.bidirectional import BidirectionalAttention, BidirectionalLM
+from sinkprune.models.caches import Cache, key_positions
 from sinkprune.models.common import DLMOutput, PublishedConfig, RMSNorm, skip_channels
-from sinkprune.modules import KeyValueCache, Rotary, SinkPrunedAttention
+from sinkprune.models.features import LayerParts
+from sinkprune.models.modules import KeyValueCache, Rotary, SinkPrunedAttention
 
 
 @dataclass(kw_only=True)

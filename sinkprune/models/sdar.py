@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from sinkprune.models.block_causal import BlockCausalConfig, BlockCausalLayer, BlockCausalLM
 from sinkprune.models.common import AttentionCore, GatedMLP, RMSNorm
-from sinkprune.modules import KeyValueCache
-from sinkprune.rotary import apply_rotary
+from sinkprune.models.modules import KeyValueCache
+from sinkprune.models.rotary import apply_rotary
 
 
 @dataclass(kw_only=True)

@@ -233,7 +233,7 @@ def gather_heads(weight: Tensor, heads: Index, head_dim: int, dim: int) -> Tenso
     kept = check_heads(heads, weight.shape[dim] // head_dim, weight.device)
     assert kept is not None
     if not (torch.is_grad_enabled() and weight.requires_grad) and weight.stride(-1) == 1 and kept.numel():
-        from sinkprune import native
+        from sinkprune.ops import native
 
         if native.serves(weight.device) and not torch.compiler.is_compiling():
             return native.gather_heads(weight, kept, head_dim, dim)
@@ -261,7 +261,7 @@ def sink_update(
         sample_of: int32 ``[R]``, the row's sample in ``key_padding_mask``.
         key_padding_mask: bool ``[B, >= num_keys]``, True = valid, or None.
         num_keys: leading columns in use.
-        gate_share, gate_sigma: see `sinkprune.sinks.SinkGate`.
+        gate_share, gate_sigma: see `sinkprune.evidence.sinks.SinkGate`.
         trace_positions, trace_mass: int32 and float32 ``[S, R]``, S = 0 for no trace.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``.
     """

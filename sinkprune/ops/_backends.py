@@ -80,7 +80,7 @@ def column_mass_refused(backend: str, q: Tensor, k: Tensor, lse: Tensor | None, 
     if backend == "triton":
         return _triton_refuses(q, scale) or _head_too_wide(q)
     if backend == "native":
-        from sinkprune import native
+        from sinkprune.ops import native
 
         if native.serves_column_mass(q, k, lse):
             return ""
@@ -175,7 +175,7 @@ def _column_mass_(
             key_positions, scale, sample, offset,
         )  # fmt: skip
     elif backend == "native":
-        from sinkprune import native
+        from sinkprune.ops import native
 
         assert lse is not None
         native.column_mass(

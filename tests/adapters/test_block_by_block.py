@@ -8,7 +8,7 @@ from layer_twins import llada2_twin, llada_moe_twin, sdar_twin
 from toys import manual_plan, one_thread, tokens  # noqa: F401
 
 import sinkprune as sp
-from sinkprune.calibration import BlockStream, Calibration
+from sinkprune.evidence.calibration import BlockStream, Calibration
 
 TOYS = {
     "sdar": toy_sdar, "llada2": toy_llada2, "live sdar": sdar_twin, "live llada2": llada2_twin,

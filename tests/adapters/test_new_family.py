@@ -82,7 +82,7 @@ class Listen(nn.Module):
         q, k, v = (m(x).unflatten(-1, (-1, 6)).transpose(1, 2) for m in (self.q, self.k, self.v))
         out, lse = sp.ops.attention(q, k, v, kept_heads=self.kept_heads, key_padding_mask=padding)
         if self.observer is not None:
-            from sinkprune.modules import AttentionCall
+            from sinkprune.models.modules import AttentionCall
 
             self.observer(AttentionCall(q, k, lse, self.kept_heads, None, padding))
         return self.o(out.transpose(1, 2).flatten(2))

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 from setuptools import Distribution
 
-from sinkprune import native
+from sinkprune.ops import native
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,7 +149,7 @@ def test_an_extension_that_was_not_built_repeats_the_reason_written_then(
 ) -> None:
     monkeypatch.delenv("SINKPRUNE_NATIVE", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "ops" / "native.py"))
     assert native._load.__wrapped__() == (None, "not built: no compiled module came with sinkprune")
     (tmp_path / "_C.skipped.txt").write_text("no C++ compiler: 'c++' not found\n")
     assert native._load.__wrapped__() == (None, "not built: no C++ compiler: 'c++' not found")

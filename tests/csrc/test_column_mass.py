@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinkprune import native
 from sinkprune.kernels import reference
+from sinkprune.ops import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no extension: {native.why_not()}")
 

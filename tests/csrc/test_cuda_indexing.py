@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinkprune import native
+from sinkprune.ops import native
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sinkprune import native
 from sinkprune.kernels import reference
+from sinkprune.ops import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no extension: {native.why_not()}")
 

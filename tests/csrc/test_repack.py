@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinkprune import native
+from sinkprune.ops import native
 
 DTYPES = [
     torch.float32,

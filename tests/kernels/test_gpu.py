@@ -8,8 +8,8 @@ import torch
 from kernel_cases import make_case
 
 from sinkprune import ops
+from sinkprune.evidence.sinks import SinkTracker
 from sinkprune.kernels import reference
-from sinkprune.sinks import SinkTracker
 
 pytestmark = pytest.mark.gpu
 

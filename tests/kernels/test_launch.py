@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 
-from sinkprune import tuning
-from sinkprune.kernels import launch, roofline
+from sinkprune.kernels import launch, roofline, tuning
 from sinkprune.kernels.launch import Tile
 
 

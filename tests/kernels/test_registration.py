@@ -7,9 +7,10 @@ import pytest
 import torch
 from kernel_cases import SHAPES, make_case
 
-from sinkprune import native, ops
+from sinkprune import ops
+from sinkprune.evidence.sinks import SinkTracker
 from sinkprune.kernels import reference
-from sinkprune.sinks import SinkTracker
+from sinkprune.ops import native
 
 NAMES = ["odd", "kept-ragged-padded", "block-causal-all-positions", "no-head-kept", "no-sample", "one-query"]
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinkprune.adapters import adapter_for
 from sinkprune.models.llada import LLaDA, LLaDAConfig
-from sinkprune.planning import LayerPlan, PrunePlan
+from sinkprune.plans import LayerPlan, PrunePlan
 
 MASK = 60  # the mask token of the published toy config
 

@@ -1,0 +1,401 @@
+"""The work that `latency.py` times: a group is a list of variants, one piece of work done in several ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sinkprune as sp
+from sinkprune.generation.graphs import cuda_capture
+from sinkprune.generation.samplers import transfer_counts
+from sinkprune.models.common import RMSNorm
+from sinkprune.models.llada import LLaDA, LLaDAConfig
+from sinkprune.models.rotary import apply_rotary, rotary_table
+from sinkprune.planning.costs import Operation, attention_operations, mlp_operations, step_operations
+from sinkprune.plans import Geometry, block_parameters, layer_sizes
+
+REMOVED = (0.125, 0.25, 0.38, 0.5)
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"d_model": 256, "n_heads": 8, "n_layers": 6, "mlp_hidden_size": 512, "vocab_size": 4096},
+    "150M": {"d_model": 768, "n_heads": 12, "n_layers": 16, "mlp_hidden_size": 2048, "vocab_size": 16384},
+    "LLaDA-8B": {
+        "d_model": 4096, "n_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "vocab_size": 126464,
+    },
+    "Dream-7B": {
+        "d_model": 3584, "n_heads": 28, "n_kv_heads": 4, "n_layers": 28, "mlp_hidden_size": 18944,
+        "vocab_size": 152064, "include_qkv_bias": True,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting. ``steps`` forwards of generation (0: none) fill the second half, block by block."""
+
+    shape: str
+    dtype: torch.dtype
+    batch: int
+    length: int
+    steps: int
+    rounds: int
+    block_length: int | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        return self.length - self.length // 2
+
+
+class CheckFailed(RuntimeError):
+    """A group's variants do not compute the same thing: no speed is reported."""
+
+
+@dataclass
+class Variant:
+    """One way of running a group's work, and the operations that it counts for, ``times`` over."""
+
+    name: str
+    removed: float
+    run: Callable[[], object]
+    operations: list[Operation]
+    times: int = 1
+    compiled: bool = False  # its memory can't be followed operation by operation
+
+
+def config_of(shape: str) -> LLaDAConfig:
+    return LLaDAConfig.from_dict({**SHAPES[shape], "max_sequence_length": 16384, "mask_token_id": 1})
+
+
+def geometry_of(shape: str) -> Geometry:
+    with torch.device("meta"):
+        return sp.adapter_for(LLaDA(config_of(shape))).geometry()
+
+
+def needed_bytes(case: Case) -> int:
+    """Bytes of a case: the dense model, its fused and pruned copies side by side with a graph's buffers each,
+    and the public sampler's float64 probabilities of every position."""
+    geometry = geometry_of(case.shape)
+    size, rows = case.dtype.itemsize, case.batch * case.length
+    blocks = sum(
+        block_parameters(geometry, *layer_sizes(geometry, layer, None))
+        for layer in range(geometry.num_layers)
+    )
+    copies = size * blocks * sum(1 - removed for removed in (0.0, *REMOVED))
+    needed = sp.memory(geometry, None, case.batch, case.length, case.dtype)
+    public = rows * geometry.vocabulary * (size + 2 * 8)
+    graphs = (1 + len(REMOVED)) * (needed.activations + needed.logits)
+    return round(needed.weights + copies + graphs + max(needed.activations, public))
+
+
+def random_model(shape: str, device: str, dtype: torch.dtype) -> LLaDA:
+    """A LLaDA of the shape with seeded random weights."""
+    with torch.device("meta"):
+        model = LLaDA(config_of(shape))
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_f" in name:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def pruned_models(model: LLaDA, targets: tuple[str, ...]) -> Iterator[tuple[str, float, LLaDA, sp.PrunePlan]]:
+    """The fused dense model and its pruned forms; heads drawn from a seed, the same share of each layer."""
+    kind = "+".join(targets)
+    for removed in (0.0, *REMOVED):
+        unit = {"unit": "parameters", "targets": targets} if "mlp" in targets else {"unit": "heads"}
+        plan = sp.plan(model, criterion="random", ratio=removed, allocation="uniform", **unit)
+        compact = _share(model)
+        sp.apply(compact, plan)
+        yield ("dense, fused" if removed == 0 else f"{kind} -{100 * removed:g}%"), removed, compact, plan
+
+
+def _share(model: LLaDA) -> LLaDA:
+    """A second model object over the same tensors."""
+    with torch.device("meta"):
+        other = LLaDA(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.eval().requires_grad_(False)
+
+
+def model_groups(case: Case, device: str) -> Iterator[tuple[str, list[Variant]]]:
+    """Layer, block, step and generation, for heads and for heads + MLP."""
+    batch, length = case.batch, case.length
+    model = random_model(case.shape, device, case.dtype)
+    geometry = sp.adapter_for(model).geometry()
+    hidden = torch.randn(batch, length, geometry.hidden, device=device, dtype=case.dtype)
+    ids = torch.randint(2, geometry.vocabulary, (batch, length), device=device)
+    cos, sin = model.rotary(length, torch.device(device))
+    mid, fused = geometry.num_layers // 2, model
+    for targets in (("heads",), ("heads", "mlp")):
+        groups: dict[str, list[Variant]] = {"layer": [], "block": [], "step": []}
+        for name, removed, compact, plan in pruned_models(model, targets):
+            check_same(compact, model, plan, ids[:1, : min(length, 64)])
+            block = compact.blocks[mid]
+            heads, kv_heads, channels = layer_sizes(geometry, mid, plan.layers[mid])
+            layer = attention_operations(geometry, heads, kv_heads, batch, length)
+            feed = mlp_operations(geometry, channels, batch, length)
+            step = step_operations(geometry, plan, batch, length)
+            groups["layer"].append(Variant(name, removed, _layer(block.attention, hidden, cos, sin), layer))
+            groups["block"].append(Variant(name, removed, _layer(block, hidden, cos, sin), layer + feed))
+            groups["step"].append(Variant(name, removed, _step(compact, ids), step))
+            fused = compact if removed == 0 else fused
+            if device == "cuda":
+                replayed = _graph(compact, ids)
+                groups["step"].append(Variant(f"{name}, graph", removed, replayed, step, compiled=True))
+        if targets == ("heads",):
+            full = step_operations(geometry, None, batch, length)
+            groups["step"].append(Variant("as users run it", 0.0, _user_step(model, ids), full))
+        if targets == ("heads", "mlp"):
+            del groups["layer"]
+            yield "step (head rows)", head_variants(fused, case, geometry, ids)
+        for bench, variants in groups.items():
+            yield f"{bench} ({'+'.join(targets)})", variants
+    if case.steps:
+        yield "generation", generation_variants(model, case)
+
+
+def head_variants(model: LLaDA, case: Case, geometry: Geometry, ids: Tensor) -> list[Variant]:
+    """The dense step with the LM head on all rows, and on those that a sampler may still fill."""
+    variants = []
+    for rows in (case.length, case.length // 2, case.length // 8):
+        work = step_operations(geometry, None, case.batch, case.length, rows)
+        chosen = slice(case.length - rows, case.length)
+        variants.append(Variant(f"{rows} rows", 0.0, lambda rows=chosen: model(ids, rows=rows), work))
+    return variants
+
+
+def _layer(module: nn.Module | None, hidden: Tensor, cos: Tensor, sin: Tensor) -> Callable[[], object]:
+    assert module is not None
+    return lambda: module(hidden, cos, sin, None)
+
+
+def _step(model: LLaDA, ids: Tensor) -> Callable[[], object]:
+    return lambda: model(ids).logits
+
+
+def _graph(model: LLaDA, ids: Tensor) -> Callable[[], object]:
+    graph = sp.StepGraph(model)
+    return lambda: graph(ids)
+
+
+def _user_step(model: LLaDA, ids: Tensor) -> Callable[[], object]:
+    """A step of the public sampler: unfused projections, then float64 probabilities of every position."""
+
+    def run() -> Tensor:
+        logits = model(ids).logits
+        return torch.softmax(logits.double(), dim=-1).gather(-1, logits.argmax(-1, keepdim=True))
+
+    return run
+
+
+def generation_variants(model: LLaDA, case: Case) -> list[Variant]:
+    """End to end: a prompt of half the length, the other half filled by ``steps`` forwards."""
+    batch, length, steps = case.batch, case.length, case.steps
+    prompt = torch.randint(2, model.config.vocabulary_rows, (batch, length // 2), device=model.device)
+    geometry = sp.adapter_for(model).geometry()
+    rows = case.block_length or case.new_tokens
+    options = {"steps": steps, "gen_length": case.new_tokens, "block_length": rows}
+
+    def lean(target: LLaDA, **more: Any) -> Callable[[], object]:
+        return lambda: [None for _ in sp.denoise(target, prompt, **options, **more)]
+
+    def public() -> None:
+        blocks = case.new_tokens // rows
+        ids = torch.cat((prompt, prompt.new_full((batch, case.new_tokens), 1)), 1)
+        for block in range(blocks):
+            for count in transfer_counts(rows, steps // blocks):
+                logits = model(ids).logits
+                drawn = logits.argmax(-1)
+                confidence = logits.double().softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+                confidence[:, prompt.shape[1] + (block + 1) * rows :] = -torch.inf
+                confidence = confidence.masked_fill(ids != 1, -torch.inf)
+                chosen = confidence.topk(count, -1).indices
+                ids = ids.scatter(1, chosen, drawn.gather(1, chosen))
+
+    def tracked(every: int) -> Callable[[], object]:
+        def run() -> None:
+            with sp.track(fused, every=every):
+                for _ in sp.denoise(fused, prompt, **options):
+                    pass
+
+        return run
+
+    def papers() -> None:
+        """Probabilities of every layer as a float32 matrix, summed over queries and heads at every step."""
+        adapter = sp.adapter_for(fused)
+        mass: list[Tensor] = []
+
+        def observe(layer: int, call: Any) -> None:
+            key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
+            scores = (call.query @ key.mT * call.query.shape[-1] ** -0.5).float()
+            mass.append(scores.softmax(-1).sum(2).sum(1))
+
+        adapter.observe(observe)
+        try:
+            for _ in sp.denoise(fused, prompt, **options):
+                mass.clear()
+        finally:
+            adapter.observe(None)
+
+    def work(plan: sp.PrunePlan | None, head_rows: int) -> list[Operation]:
+        return step_operations(geometry, plan, batch, length, head_rows)
+
+    variants = []
+    fused = model
+    for targets in (("heads",), ("heads", "mlp")):
+        for name, removed, compact, plan in pruned_models(model, targets):
+            if removed in (0.25, 0.5) or (removed == 0 and targets == ("heads", "mlp")):
+                continue
+            if removed == 0:
+                fused = compact
+            variants.append(Variant(name, removed, lean(compact), work(plan, rows), steps))
+            if model.device.type == "cuda":
+                replayed = lean(compact, graphs=sp.StepGraph(compact))
+                variants.append(
+                    Variant(f"{name}, graph", removed, replayed, work(plan, rows), steps, compiled=True)
+                )
+    dense = work(None, rows)
+    return [
+        *variants,
+        Variant("as users run it", 0.0, public, work(None, length), steps),
+        Variant("dense, statistics every step", 0.0, tracked(1), dense, steps),
+        Variant("dense, statistics every 4th", 0.0, tracked(4), dense, steps),
+        Variant("dense, the paper's statistics", 0.0, papers, dense, steps),
+    ]
+
+
+def kernel_groups(case: Case, device: str) -> Iterator[tuple[str, list[Variant]]]:
+    """Attention of the kept heads, and what the statistics add, on one layer's tensors.
+
+    On CUDA they are timed as replayed graphs: they take less time than Python takes to launch them.
+    """
+    config, batch, length = SHAPES[case.shape], case.batch, case.length
+    heads, kv_heads = config["n_heads"], config.get("n_kv_heads", config["n_heads"])
+    dim = config["d_model"] // heads
+    q = torch.randn(batch, heads, length, dim, device=device, dtype=case.dtype)
+    k, v = (torch.randn(batch, kv_heads, length, dim, device=device, dtype=case.dtype) for _ in range(2))
+
+    def core(count: int, passes: float = 1, more: int = 0) -> list[Operation]:
+        flops = round(passes * 4 * batch * length**2 * dim * count)
+        return [Operation("core", flops, 2 * batch * length * dim * (count + kv_heads) + more)]
+
+    variants = []
+    reference, lse = sp.ops.attention(q, k, v, backend="reference")
+    for removed in (0.0, *REMOVED):
+        kept = list(range(heads - round(removed * heads)))
+        index = torch.tensor(kept, device=device) if removed else None
+        out, _ = sp.ops.attention(q, k, v, kept_heads=index, layout="compact")
+        limit = 2e-2 if case.dtype != torch.float32 else 1e-4
+        if not torch.allclose(out.float(), reference[:, kept].float(), atol=limit):
+            raise CheckFailed(f"attention of {len(kept)} of {heads} heads differs from the reference")
+        name = "dense" if not removed else f"heads -{100 * removed:g}%"
+        variants.append(
+            Variant(name, removed, _replayed(_attention(q, k, v, index), device), core(len(kept)))
+        )
+    yield "kernel: attention", variants
+
+    exact = sp.ops.column_mass(q, k, lse)
+    if not torch.allclose(exact.sum(-1), torch.ones_like(exact[..., 0]), atol=1e-3):
+        raise CheckFailed("column mass does not sum to 1")
+    again = batch * length * dim * (heads + kv_heads)
+    matrix = batch * heads * length * length
+    yield (
+        "kernel: statistics",
+        [
+            variants[0],
+            Variant("with exact mass", 0.0, _replayed(_mass(q, k, v, None), device), core(heads, 1.5, again)),
+            Variant("with 1/16 mass", 0.0, _replayed(_mass(q, k, v, 16), device), core(heads, 1 + 1 / 32)),
+            Variant(
+                "paper's way: fp32 softmax", 0.0, _materialised(q, k, v), core(heads, 1.5, again + matrix)
+            ),
+        ],
+    )
+
+
+def _replayed(run: Callable[[], Any], device: str) -> Callable[[], object]:
+    return cuda_capture(run)[0] if device == "cuda" else run
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None) -> Callable[[], object]:
+    return lambda: sp.ops.attention(q, k, v, kept_heads=index, layout="compact")
+
+
+def _mass(q: Tensor, k: Tensor, v: Tensor, sample: int | None) -> Callable[[], object]:
+    def run() -> Tensor:
+        _, lse = sp.ops.attention(q, k, v)
+        return sp.ops.column_mass(q, k, lse, sample=sample)
+
+    return run
+
+
+def _materialised(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """SDPA, then the probabilities again as a float32 matrix, summed over queries."""
+    group = q.shape[1] // k.shape[1]
+
+    def run() -> None:
+        F.scaled_dot_product_attention(q, k, v, enable_gqa=group > 1)
+        wide = k.repeat_interleave(group, 1) if group > 1 else k
+        scores = (q @ wide.transpose(-1, -2) * q.shape[-1] ** -0.5).float()
+        scores.softmax(-1).sum(-2)
+
+    return run
+
+
+def elementwise_groups(case: Case, device: str) -> Iterator[tuple[str, list[Variant]]]:
+    """What lies between the matrix products, as it is and through ``torch.compile``: does fusing pay?"""
+    geometry = geometry_of(case.shape)
+    d, channels, dim = geometry.hidden, geometry.channels[0], geometry.head_dim
+    rows = case.batch * case.length
+    x, y = (torch.randn(case.batch, case.length, d, device=device, dtype=case.dtype) for _ in range(2))
+    both = torch.randn(case.batch, case.length, 2 * channels, device=device, dtype=case.dtype)
+    turning = geometry.heads[0] + geometry.kv_heads[0]
+    qk = torch.randn(case.batch, turning, case.length, dim, device=device, dtype=case.dtype)
+    norm = RMSNorm(d, 1e-5).to(device, case.dtype)
+    cos, sin = rotary_table(torch.arange(case.length, device=device), dim, 1e4)
+
+    def add_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + y
+        return x, norm(x)
+
+    def swiglu(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    works: list[tuple[str, Callable[..., Any], tuple[Tensor, ...], int]] = [
+        ("residual + RMSNorm", add_norm, (x, y), 4 * rows * d),
+        ("RoPE", apply_rotary, (qk, cos, sin), 2 * rows * turning * dim),
+        ("SwiGLU", swiglu, (both,), 3 * rows * channels),
+    ]
+    for name, function, arguments, elements in works:
+        fused = torch.compile(function)
+        results = (function(*arguments), fused(*arguments))
+        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
+            if not torch.allclose(a.float(), b.float(), atol=2e-2, rtol=2e-2):
+                raise CheckFailed(f"compiled {name} differs from eager")
+        moved = [Operation(name, 0, elements)]
+        yield (
+            f"elementwise: {name}",
+            [
+                Variant("eager", 0.0, lambda f=function, a=arguments: f(*a), moved),
+                Variant("torch.compile", 0.0, lambda f=fused, a=arguments: f(*a), moved, compiled=True),
+            ],
+        )
+
+
+def check_same(compact: LLaDA, dense: LLaDA, plan: sp.PrunePlan, ids: Tensor) -> None:
+    """Raise ``CheckFailed`` unless the compact model computes what the masked dense one does."""
+    sp.apply(dense, plan, mode="mask")
+    try:
+        expected, got = dense(ids).logits.float(), compact(ids).logits.float()
+    finally:
+        sp.restore(dense)
+    limit = 1e-4 if ids.device.type == "cpu" else 5e-2
+    if (worst := (expected - got).abs().max().item()) > limit * expected.abs().max().item():
+        raise CheckFailed(f"compact and masked logits differ by {worst:.2e} (plan {plan.ratio})")

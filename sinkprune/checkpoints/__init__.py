@@ -1,0 +1,1 @@
+"""Folders: loading, saving, exporting."""

@@ -1,0 +1,391 @@
+"""Loading published checkpoints and ours, and saving dense, masked or compact models. Safetensors only, never
+pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sinkprune.adapters import adapter_for
+from sinkprune.adapters.live import LiveAdapter
+from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
+from sinkprune.models.published import NATIVE
+from sinkprune.models.transformers_native import (
+    describe,
+    is_transformers_native,
+    lay_out,
+    load_published,
+    transformers_class,
+)
+from sinkprune.plans import PrunePlan, mark
+from sinkprune.pruning.repacking import apply, compact_mlp, install_compact
+from sinkprune.pruning.repair import add_biases
+from sinkprune.pruning.sparsification.note import Sparsity
+from sinkprune.version import __version__
+
+MANIFEST = "sinkprune.json"
+MANIFEST_SCHEMA = 1
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 10**9
+
+
+def load(
+    source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer.
+
+    Args:
+        source: ``"tiny"`` for the embedded model, or a local folder with ``config.json`` and safetensors: a
+            published checkpoint (sharded with an index, or one file) of a native family or of a transformers
+            class, or one written by ``save``.
+        device: where the tensors go, straight from the file.
+        dtype: floating type of the parameters; None keeps the file's.
+
+    Returns:
+        ``(model in evaluation mode, tokenizer or None)``.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: an unknown model type, missing, unexpected or misshapen tensors, or a damaged checkpoint.
+    """
+    folder = folder_of(source)
+    config = read_json(folder / "config.json")
+    manifest = _read_manifest(folder)
+    if config.get("model_type") not in NATIVE and manifest is None:
+        _check_known(folder, config)
+        return load_published(folder, config, dtype).to(device).eval(), _load_tokenizer(folder)
+    model = lay_out_folder(folder, config)
+    plan = form = None
+    if manifest is not None and manifest["form"] != "dense":
+        plan, form = PrunePlan.from_dict(manifest["plan"]), manifest["form"]
+        if plan.geometry != adapter_for(model).geometry():
+            raise ValueError(f"{folder}: the plan in {MANIFEST} does not fit config.json")
+        if form == "compact":
+            _lay_out_compact(model, plan)
+    _fill(model, _weight_files(folder), torch.device(device), dtype)
+    model.eval()
+    if plan is not None and form is not None:
+        if form == "mask":  # the manifest vouches for the weights, whose fingerprint another dtype may change
+            apply(model, replace(plan, fingerprint=""), mode="mask")
+        mark(model, plan, form)
+    if manifest is not None and manifest.get("sparsity") is not None:
+        model.sparsity = Sparsity.from_dict(manifest["sparsity"])  # type: ignore[assignment]
+    return model, _load_tokenizer(folder)
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write ``model`` so that ``load(folder)`` reads it back; the folder appears whole or not at all.
+
+    Args:
+        model: a native model, one of a transformers class, or a live LLaDA or Dream object, which is written
+            as the native model it equals; dense, masked or compact.
+        folder: must not exist, unless ``overwrite`` and it holds a checkpoint of ours.
+        tokenizer: saved beside it where given.
+        overwrite: replace a checkpoint that ``save`` wrote.
+        shard_bytes: largest size of one safetensors file.
+
+    Raises:
+        FileExistsError: something else is there.
+        TypeError: a model of any other class, which ``load`` could not make again.
+    """
+    folder = Path(folder)
+    sparsity: Sparsity | None = getattr(model, "sparsity", None)
+    model = _as_native(model)
+    config = describe_model(model)
+    if folder.exists() and not (overwrite and (folder / MANIFEST).exists()):
+        raise FileExistsError(
+            f"{folder} exists; choose another path (overwrite=True replaces what save wrote)"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        names = write_shards(model, part, shard_bytes)
+        (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(part))
+        adapter = adapter_for(model)
+        plan: PrunePlan | None = getattr(model, "prune_plan", None)
+        manifest = {
+            "schema": MANIFEST_SCHEMA,
+            "form": adapter.form,
+            "plan": None if plan is None else plan.to_dict(),
+            "sparsity": None if sparsity is None else sparsity.to_dict(),
+            "provenance": {"sinkprune": __version__, "torch": torch.__version__},
+            "sha256": {name: _sha256(part / name) for name in ["config.json", *names]},
+        }
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        part.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            os.replace(folder, old / "it")
+            try:
+                os.replace(part, folder)
+            except BaseException:
+                os.replace(old / "it", folder)
+                raise
+            finally:
+                shutil.rmtree(old)
+        else:
+            os.replace(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return folder
+
+
+def asset(name: str) -> Path:
+    """Path of a file or folder that the package ships under ``assets/``."""
+    return Path(str(importlib.resources.files("sinkprune"))) / "assets" / name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object. Raises ``ValueError`` naming the file where it isn't one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(values).__name__}")
+    return values
+
+
+def folder_of(source: str | Path) -> Path:
+    if source == "tiny":
+        return asset("tiny")
+    folder = Path(source)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{source!s}: expected 'tiny' or a local folder with config.json")
+    return folder
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Our manifest, checked: schema, and the hash of every file it names."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if manifest.get("schema") != MANIFEST_SCHEMA:
+        raise ValueError(f"{path}: expected schema {MANIFEST_SCHEMA}, got {manifest.get('schema')!r}")
+    form, plan, hashes = (manifest.get(key) for key in ("form", "plan", "sha256"))
+    fits = plan is None if form == "dense" else isinstance(plan, dict)
+    if form not in ("dense", "mask", "compact") or not fits or not isinstance(hashes, dict):
+        raise ValueError(f"{path}: malformed manifest")
+    for name, expected in manifest["sha256"].items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing")
+        if _sha256(folder / name) != expected:
+            raise ValueError(f"{folder / name} is damaged or was changed: its sha256 differs from {MANIFEST}")
+    return manifest
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Safetensors files and the tensors the index promises in each (None: whatever is there)."""
+    if (folder / INDEX).exists():
+        promised: dict[Path, list[str] | None] = {}
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        for tensor, name in weight_map.items() if isinstance(weight_map, dict) else ():
+            names = promised.setdefault(folder / name, [])
+            assert names is not None
+            names.append(tensor)
+        if promised:
+            return promised
+        raise ValueError(f"{folder / INDEX}: no weight_map")
+    if (folder / "model.safetensors").exists():
+        return {folder / "model.safetensors": None}
+    raise FileNotFoundError(f"{folder}: expected model.safetensors or {INDEX}")
+
+
+def _as_native(model: nn.Module) -> nn.Module:
+    """A native model over the tensors of a live upstream object; any other model as it is."""
+    try:
+        adapter = adapter_for(model)
+    except TypeError:
+        return model
+    if not isinstance(adapter, LiveAdapter):
+        return model
+    family = adapter.geometry().family
+    kind = next((name for name in NATIVE if name.lower() == family), None)
+    config: Any = model.config
+    if kind is None or adapter.geometry().num_layers == 0:
+        raise TypeError(f"save writes native models, and there is none for {type(model).__name__}")
+    values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    with torch.device("meta"):
+        native = NATIVE[kind]({**values, "model_type": kind})
+    plan: PrunePlan | None = getattr(model, "prune_plan", None)
+    if adapter.form == "compact" and plan is not None:
+        _lay_out_compact(native, plan)
+    tensors = {k: v for k, v in model.state_dict().items() if k in native.state_dict()}
+    attentions = [name for name, m in native.named_modules() if isinstance(m, SinkPrunedAttention)]
+    packed: dict[str, nn.Module] = {}
+    for layer, name in enumerate(attentions):
+        laid_out = cast(SinkPrunedAttention, native.get_submodule(name))
+        owner = laid_out.kv_head_of
+        packed[name] = SinkPrunedAttention.from_projections(
+            **vars(adapter.attention_weights(layer)),
+            head_dim=laid_out.head_dim,
+            kv_head_of=None if owner is None else owner.tolist(),
+        )
+    layers = plan.layers if plan is not None and attentions else []
+    narrowed = [i for i, kept in enumerate(layers) if kept.kept_channels is not None]
+    compact_mlps = [name for name, m in native.named_modules() if isinstance(m, CompactMLP)]
+    for layer, name in zip(narrowed, compact_mlps, strict=True):
+        mlp = adapter.mlp_weights(layer)
+        packed[name] = compact_mlp(mlp, list(range(mlp.up.shape[0])))
+    for name, module in packed.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in module.state_dict().items()}
+    native.load_state_dict(tensors, assign=True)
+    mark(native, plan, adapter.form)
+    return native
+
+
+def _lay_out_compact(model: nn.Module, plan: PrunePlan) -> None:
+    """Make a dense model on ``meta`` compact, with the biases that its repair added."""
+    if "repair" in plan.details:
+        add_biases(adapter_for(model), plan)
+    install_compact(model, plan)
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """The model's ``config.json``, from which ``load`` lays it out."""
+    if is_transformers_native(model):
+        return describe(model)
+    config: Any = getattr(model, "config", None)
+    values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+    ours = type(model).__module__.startswith("sinkprune.models.")
+    if not ours or values.get("model_type") not in NATIVE:
+        raise TypeError(
+            f"save writes native models, got {type(model).__name__}; of others, transformers' own"
+        )
+    return values
+
+
+def _check_known(folder: Path, config: dict[str, Any]) -> None:
+    if transformers_class(config) is None:
+        raise ValueError(
+            f"{folder}: unknown model_type {config.get('model_type')!r}; known: {', '.join(NATIVE)}, and "
+            f"transformers' own, whose class 'architectures' names (got {config.get('architectures')!r})"
+        )
+
+
+def lay_out_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The dense model of a parsed ``config.json``, with its parameters on ``meta``."""
+    native = NATIVE.get(str(config.get("model_type")))
+    if native is None:
+        _check_known(folder, config)
+        return lay_out(config)
+    with torch.device("meta"):
+        return native(config)
+
+
+def _fill(
+    model: nn.Module, files: dict[Path, list[str] | None], device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Give a model laid out on ``meta`` its tensors, one at a time, straight onto ``device``."""
+    wanted = model.state_dict()
+    found: dict[str, Tensor] = {}
+    for path, promised in files.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as handle:
+                for name in handle.keys() if promised is None else promised:
+                    if name not in wanted:
+                        raise ValueError(f"{path}: unexpected tensor {name!r}")
+                    tensor = handle.get_tensor(name)
+                    if tensor.shape != wanted[name].shape:
+                        expected = tuple(wanted[name].shape)
+                        raise ValueError(
+                            f"{path}: {name} must have shape {expected}, got {tuple(tensor.shape)}"
+                        )
+                    convert = dtype is not None and tensor.is_floating_point()
+                    found[name] = tensor.to(dtype) if convert else tensor
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    for names in _tied(model):  # a tensor that several names share is stored once
+        stored = [found[name] for name in names if name in found]
+        found |= {name: stored[0] for name in names if stored}
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]!r}")
+    model.load_state_dict(found, assign=True)
+    if is_transformers_native(model):
+        cast(Any, model).tie_weights()
+    for module in model.modules():  # indices were laid out on the CPU
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                setattr(module, name, buffer.to(device))
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def write_shards(model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:
+    """Write the model's tensors as safetensors, with an index where there are several files; their names."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    again = {name for names in _tied(model) for name in names[1:]}
+    for name, tensor in model.state_dict().items():
+        if name in again:
+            continue
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().contiguous()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return ["model.safetensors"]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for shard, name in zip(shards, names, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    weight_map = {tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+    )
+    return [*names, INDEX]
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer through transformers, or None where there is none."""
+    if (folder / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    if (folder / "tokenizer_config.json").exists():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

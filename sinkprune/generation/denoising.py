@@ -1,0 +1,306 @@
+"""Denoising: blocks filled left to right, a forward a step, under any sampler and any cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sinkprune.adapters import Adapter, adapter_for
+from sinkprune.generation.graphs import StepGraph
+from sinkprune.generation.samplers import Sampler, make_sampler
+from sinkprune.generation.samplers import transfer_counts as transfer_counts
+from sinkprune.generation.windows import Block, Reader, blocks_of, cache_for
+from sinkprune.models.caches import Cache
+
+REMASKING = ("low_confidence", "random")
+
+
+class Step(NamedTuple):
+    """What a ``callback`` gets after each forward."""
+
+    ids: Tensor  # int64 [B, P + gen_length], as yielded
+    new: Tensor  # bool [B, P + gen_length], the tokens that this step committed
+    forwards: int  # so far, this one counted
+    block: int  # of ``blocks``
+    blocks: int
+    cache_bytes: int  # held by the cache now
+
+
+@torch.no_grad()
+def denoise(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int | None = None,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    remasking: str = "low_confidence",
+    algorithm: str | None = None,
+    threshold: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    cache: str | Cache | None = None,
+    mask_token_id: int | None = None,
+    seed: int | None = None,
+    callback: Callable[[Step], object] | None = None,
+    graphs: bool | StepGraph = False,
+) -> Iterator[Tensor]:
+    """Fill ``gen_length`` masked tokens after the prompts, one forward a step, and yield the ids after each.
+
+    Blocks of ``block_length`` are filled left to right, each in its share of ``steps``; a step commits the
+    masked tokens of the block that ``algorithm`` is surest of. By default that is the published LLaDA sampler
+    (arXiv 2502.09992, algorithms 4 and 5). The mask token itself is never drawn.
+
+    A block-causal model fills its own blocks of positions, over the tokens up to the block's end only; where
+    the prompt ends within a block, the first one has fewer tokens, and fewer steps, and there is one more.
+
+    Args:
+        model: of a known family.
+        prompt_ids: int64 ``[B, P]``, P >= 1, left-padded where prompts differ in length.
+        attention_mask: ``[B, P]``, 1 at valid tokens; None where nothing is padded.
+        steps: forwards in total, a multiple of the number of blocks, at most ``gen_length``; not used with a
+            threshold.
+        gen_length: tokens to fill.
+        block_length: tokens of a block, dividing ``gen_length``; None means one block, or a block-causal
+            model's own.
+        temperature: 0 takes the argmax; above, Gumbel noise in float64.
+        cfg_scale: weight of classifier-free guidance; the unconditional half masks the prompt.
+        remasking: ``"low_confidence"`` or ``"random"``.
+        algorithm: a rule of ``sinkprune.generation.samplers`` instead: those two, or Dream's ``"origin"``,
+            ``"maskgit_plus"``, ``"topk_margin"``, ``"entropy"`` with its schedule.
+        threshold: commit every token with at least this confidence, and always the surest one, until the
+            block is full (Fast-dLLM, arXiv 2505.22618): the number of forwards depends on the text.
+        top_p, top_k: draw from the likeliest tokens only (of the tempered distribution): the
+            fewest whose probabilities reach ``top_p``, then ``top_k`` of them. Dream's rules are sure of what
+            is left; LLaDA's of the whole distribution, so that they heed limits at a temperature only.
+        cache: ``"prefix"`` or ``"dual"`` (approximate), ``"block"`` (exact, block-causal models), or one of
+            ``sinkprune.models.caches``, emptied first. Under a cache a shifted model (Dream) spends a block's
+            first step on the block's first token alone, as in Fast-dLLM: no later window predicts that one.
+        mask_token_id: where the model's config lacks one.
+        seed: of the noise and of random remasking; None draws from torch's global generator.
+        callback: gets a ``Step`` after each forward.
+        graphs: replay each step as a CUDA graph (nothing changes on CPU); a ``StepGraph`` of this model keeps
+            its graphs for the next call. Not with a cache.
+
+    Yields:
+        int64 ``[B, P + gen_length]``, a fresh tensor each step.
+
+    Raises:
+        ValueError: an argument out of range, an empty prompt, a total beyond the context, a cache that the
+            model does not take, or padding that its blocks can't express.
+    """
+    adapter = adapter_for(model)
+    canvas = _prepare(
+        adapter,
+        prompt_ids,
+        attention_mask,
+        steps=steps,
+        gen_length=gen_length,
+        block_length=block_length,
+        mask_token_id=mask_token_id,
+        threshold=threshold,
+    )
+    if remasking not in REMASKING:
+        raise ValueError(f"remasking must be one of {REMASKING}, got {remasking!r}")
+    if not (0 <= temperature < math.inf and 0 <= cfg_scale < math.inf):
+        raise ValueError(
+            f"temperature and cfg_scale must be finite and at least 0, got {temperature} and {cfg_scale}"
+        )
+    generator = None if seed is None else torch.Generator(prompt_ids.device).manual_seed(seed)
+    sampler = make_sampler(
+        algorithm or remasking, temperature, generator, threshold, top_p=top_p, top_k=top_k
+    )
+    kept, prompt = cache_for(adapter, cache), prompt_ids.shape[1]
+    reader = Reader(
+        adapter, kept, canvas.valid, prompt_length=prompt, mask_id=canvas.mask_id, cfg_scale=cfg_scale
+    )
+    if graphs:
+        if kept is not None:
+            raise ValueError("graphs replay whole sequences: pass either graphs or a cache")
+        reader.predict = graphs if isinstance(graphs, StepGraph) else StepGraph(model)
+    current, forwards, wanted = canvas.ids, 0, prompt + gen_length
+    for index, block in enumerate(canvas.blocks):
+        reader.begin(block, current.shape[1])
+        for ids, new in fill(block.rows, current, reader, sampler, canvas.steps):
+            current, forwards = ids, forwards + 1
+            if callback is not None:
+                held = 0 if kept is None else kept.bytes
+                callback(Step(ids[:, :wanted], new[:, :wanted], forwards, index, len(canvas.blocks), held))
+            yield ids[:, :wanted]
+
+
+def fill(
+    rows: slice, ids: Tensor, reader: Reader, sampler: Sampler, steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Fill a block's ``rows`` of ids ``[B, T]``; yield the ids, and which are new, after each forward."""
+    left = rows.stop - rows.start  # masked tokens of a sample, as the schedule counts them
+    steps = min(steps, left)
+    for step in range(steps):
+        tokens, confidence = sampler.draw(reader.logits(ids, rows))
+        masked = ids[:, rows] == reader.mask_id
+        only = reader.out_of_reach(rows) if step == 0 and steps > 1 else 0
+        if only:
+            chosen = masked & (torch.arange(masked.shape[1], device=ids.device) < only)
+        else:
+            chosen = sampler.choose(confidence, masked, left, step, steps)
+        left -= only or sampler.count(left, step, steps)
+        new = torch.zeros_like(ids, dtype=torch.bool)
+        new[:, rows] = chosen
+        ids = ids.clone()
+        ids[:, rows] = torch.where(chosen, tokens, ids[:, rows])
+        yield ids, new
+        if sampler.threshold is not None and not bool((masked & ~chosen).any()):
+            return
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | list[str],
+    *,
+    steps: int = 64,
+    gen_length: int = 64,
+    progress: bool = False,
+    callback: Callable[[Step], object] | None = None,
+    **options: Any,
+) -> str | list[str]:
+    """Continue ``prompt`` and return the new text (a list for a list of prompts).
+
+    ``callback`` and ``options`` are those of ``denoise``; ``progress`` counts tokens, for the number of
+    forwards may depend on the text. Raises ``ValueError`` for an empty prompt, and what ``denoise`` raises.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    device = next(model.parameters()).device
+    ids, attention_mask = encode_prompts(tokenizer, prompts)
+    with tqdm(total=gen_length * len(ids), desc="generating", unit="token", disable=not progress) as bar:
+
+        def report(step: Step) -> None:
+            if progress:
+                bar.update(int(step.new.sum()))
+            if callback is not None:
+                callback(step)
+
+        *_, final = denoise(
+            model,
+            ids.to(device),
+            attention_mask.to(device),
+            steps=steps,
+            gen_length=gen_length,
+            callback=report,
+            **options,
+        )
+    texts = [decode(tokenizer, row[ids.shape[1] :].tolist()) for row in final]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def encode_prompts(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Left-padded ids and mask, int64 ``[B, P]`` each. Raises ``ValueError`` for an empty prompt."""
+    if tokenizer is None:
+        raise ValueError("text prompts need a tokenizer")
+    if not prompts:
+        raise ValueError("at least one prompt is needed, got none")
+    rows = [list(tokenizer.encode(text, add_special_tokens=False)) for text in prompts]
+    for text, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise ValueError(f"a prompt must have at least one token, got {text!r}")
+    length = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+class _Canvas(NamedTuple):
+    """What is filled: masked ids ``[B, T]``, their validity (None: all), and in which blocks."""
+
+    ids: Tensor
+    valid: Tensor | None
+    mask_id: int
+    blocks: list[Block]
+    steps: int  # of a block, at most
+
+
+def _prepare(
+    adapter: Adapter,
+    prompt_ids: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    steps: int,
+    gen_length: int,
+    block_length: int | None,
+    mask_token_id: int | None,
+    threshold: float | None,
+) -> _Canvas:
+    """Check the arguments and lay the canvas out."""
+    geometry = adapter.geometry()
+    _check_prompts(prompt_ids, attention_mask, geometry.vocabulary)
+    if gen_length < 1:
+        raise ValueError(f"gen_length must be at least 1, got {gen_length}")
+    own = adapter.block_size
+    block = (own or gen_length) if block_length is None else block_length
+    if block < 1 or gen_length % block:
+        raise ValueError(f"block_length must divide gen_length={gen_length}, got {block}")
+    if own is not None and block != own:
+        raise ValueError(
+            f"{adapter.family} is block-causal: its blocks have {own} tokens, got block_length {block}"
+        )
+    count = gen_length // block
+    if threshold is not None:
+        steps = gen_length
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    if steps < count or steps % count or steps > gen_length:
+        multiple = f"a multiple of {count} blocks and " if count > 1 else ""
+        raise ValueError(f"steps must be {multiple}at most gen_length={gen_length}, got {steps}")
+    mask_id = adapter.mask_token_id if mask_token_id is None else mask_token_id
+    if mask_id is None:
+        raise ValueError("the model's config names no mask token: pass mask_token_id")
+    blocks = blocks_of(prompt_ids.shape[1], gen_length, block, aligned=own is not None)
+    total = blocks[-1].rows.stop
+    if total > geometry.context:
+        raise ValueError(
+            f"prompt of {prompt_ids.shape[1]} and gen_length of {gen_length} tokens exceed the context of "
+            f"{geometry.context}"
+        )
+    canvas = prompt_ids.new_full((prompt_ids.shape[0], total - prompt_ids.shape[1]), mask_id)
+    ids, valid = torch.cat((prompt_ids, canvas), dim=1), None
+    if attention_mask is not None and not bool(attention_mask.all()):
+        if own is not None:
+            _check_padding(attention_mask, own)
+        valid = torch.cat((attention_mask, torch.ones_like(canvas)), dim=1)
+    return _Canvas(ids, valid, mask_id, blocks, steps // count)
+
+
+def _check_prompts(prompt_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> None:
+    if prompt_ids.dim() != 2 or prompt_ids.shape[1] < 1:
+        raise ValueError(f"prompt_ids must have shape [B, P] with P >= 1, got {tuple(prompt_ids.shape)}")
+    if prompt_ids.is_floating_point() or prompt_ids.min() < 0 or prompt_ids.max() >= vocabulary:
+        raise ValueError(f"prompt_ids must be integers in [0, {vocabulary}), got {prompt_ids.dtype} values")
+    if attention_mask is not None and attention_mask.shape != prompt_ids.shape:
+        raise ValueError(
+            f"attention_mask must have shape {tuple(prompt_ids.shape)}, got {tuple(attention_mask.shape)}"
+        )
+
+
+def _check_padding(attention_mask: Tensor, block: int) -> None:
+    """Raise ``ValueError`` where padding moves a block-causal model's blocks against each other."""
+    padding = (attention_mask == 0).sum(1).tolist()
+    if any(count % block for count in padding):
+        raise ValueError(
+            f"a block-causal model with blocks of {block} takes prompts whose lengths differ by multiples of "
+            f"that, got padding of {padding}: generate them one at a time"
+        )
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Text up to the first end-of-text token."""
+    end = tokenizer.eos_token_id
+    return tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True)

@@ -1,0 +1,121 @@
+"""Where sinks form while a model denoises: ``profile`` real trajectories into a ``SinkProfile``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sinkprune.adapters import adapter_for
+from sinkprune.evidence.profiles import SinkProfile
+from sinkprune.evidence.sinks import SinkGate, SinkStatistics
+from sinkprune.evidence.tracking import track
+from sinkprune.generation.denoising import denoise, encode_prompts
+
+
+def profile(
+    model: nn.Module,
+    prompts: str | list[str] | Tensor,
+    *,
+    tokenizer: Any = None,
+    steps: int = 64,
+    gen_length: int = 128,
+    batch: int = 8,
+    gate: SinkGate | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> SinkProfile:
+    """Run the sampler on ``prompts`` and gather every head's sink statistics over the real trajectories.
+
+    Args:
+        model: of a known family.
+        prompts: strings (with ``tokenizer``), or ids int64 ``[S, P]``.
+        steps, gen_length: of the sampler; ``options`` are the rest of ``denoise``'s.
+        batch: trajectories that run together.
+        gate: when a sink counts as standing out.
+        progress: show a bar.
+
+    Raises:
+        ValueError: what ``denoise`` raises.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, Tensor):
+        ids, valid = prompts, torch.ones_like(prompts)
+    else:
+        ids, valid = encode_prompts(tokenizer, list(prompts))
+    if ids.dim() != 2 or 0 in ids.shape:
+        raise ValueError(f"prompts must be ids [S, P] with S, P >= 1, got {tuple(ids.shape)}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    adapter = adapter_for(model)
+    device = next(model.parameters()).device
+    parts: list[SinkStatistics] = []
+    padding: list[Tensor] = []  # on the left of each sample, so that positions count from its first token
+    with tqdm(
+        total=steps * -(-len(ids) // batch), desc="profiling", unit="step", disable=not progress
+    ) as bar:
+        for first in range(0, len(ids), batch):
+            rows, mask = ids[first : first + batch].to(device), valid[first : first + batch].to(device)
+            narrow = int(mask.any(0).float().argmax())  # padding that this part of the batch does not need
+            room = steps + gen_length  # a threshold, or a prompt within a block, takes other than `steps`
+            with track(model, samples=len(rows), gate=gate, trace=True, max_steps=room) as tracker:
+                rows, mask = rows[:, narrow:], mask[:, narrow:]
+                stream = adapter.sample(rows, mask, steps, gen_length, options)
+                if stream is None:
+                    stream = denoise(model, rows, mask, steps=steps, gen_length=gen_length, **options)
+                for _ in stream:
+                    bar.update()
+            parts.append(tracker.result())
+            padding.append((mask.cumsum(1) == 0).sum(1))
+    used = gate or SinkGate()
+    said = {name: getattr(value, "name", value) for name, value in options.items() if name != "callback"}
+    settings = {"steps": steps, "gen_length": gen_length, "prompts": len(ids), **said}
+    settings["gate"] = {"fair_share": used.fair_share, "sigma": used.sigma}
+    first_part = parts[0]
+    assert first_part.trace_positions is not None and first_part.trace_mass is not None
+    trace = first_part.trace_positions[:, :, 0]
+    heads = [adapter.kept_heads(i) for i in range(adapter.geometry().num_layers)]
+    result = SinkProfile(
+        geometry=adapter.geometry(),
+        fingerprint=adapter.fingerprint(),
+        heads=heads,
+        statistics=_collect(parts, padding),
+        trace_positions=(trace - padding[0][0]).clamp(min=-1).to(torch.int16).cpu(),
+        trace_mass=first_part.trace_mass[:, :, 0].half().cpu(),
+        settings=settings,
+    )
+    if adapter.form == "mask":
+        result.statistics = {name: _kept_columns(v, heads) for name, v in result.statistics.items()}
+        result.trace_positions = _kept_columns(result.trace_positions.transpose(0, 1), heads).transpose(0, 1)
+        result.trace_mass = _kept_columns(result.trace_mass.transpose(0, 1), heads).transpose(0, 1)
+    return result
+
+
+def _kept_columns(values: Tensor, heads: list[list[int]]) -> Tensor:
+    """A masked model's ``[L, X, all heads]`` as a compact one gives it: kept heads first."""
+    order = [kept + sorted(set(range(values.shape[-1])) - set(kept)) for kept in heads]
+    width = max(map(len, heads))
+    return torch.stack([layer[:, ids[:width]] for layer, ids in zip(values, order, strict=True)])
+
+
+def _collect(parts: list[SinkStatistics], padding: list[Tensor]) -> dict[str, Tensor]:
+    """Statistics of several batches side by side; ``padding`` ``[B]`` is each sample's on the left."""
+    columns: dict[str, list[Tensor]] = {}
+    for part, shift in zip(parts, padding, strict=True):
+        counted = part.position.count > 0
+        values = {"mass": part.mass, "margin": part.margin, "fair_shares": part.fair_shares}
+        named = {name: value.masked_fill(~counted, torch.nan) for name, value in values.items()}
+        for prefix, moments in (("", part.position), ("gated_", part.gated)):
+            none = moments.count == 0
+            named[f"{prefix}steps_counted"] = moments.count
+            named[f"{prefix}position_mean"] = moments.mean - shift[:, None]
+            named[f"{prefix}position_variance"] = moments.variance.masked_fill(none, torch.nan)
+            named[f"{prefix}position_range"] = moments.range.masked_fill(none, torch.nan)
+            named[f"{prefix}moves"] = moments.moves
+            named[f"{prefix}mean_move"] = moments.mean_move.masked_fill(none, torch.nan)
+        for name, value in named.items():
+            columns.setdefault(name, []).append(value.float().cpu())
+    return {name: torch.cat(values, dim=1) for name, values in columns.items()}

@@ -1,0 +1,273 @@
+"""The compact layers that replace a model's dense ones: fewer rows, one fused matrix per GEMM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sinkprune import ops
+from sinkprune.models.rotary import apply_rotary
+from sinkprune.ops import native
+
+
+class AttentionCall(NamedTuple):
+    """One attention as an observer sees it, after RoPE; the arguments of ``ops.column_mass``."""
+
+    query: Tensor  # [B, H, Lq, D]
+    key: Tensor  # [B, Hkv, Lk, D]
+    lse: Tensor | None = None  # base-2 log-sum-exp [B, H, Lq], where attention returned it
+    kept_heads: Tensor | None = None
+    kv_head_of: Tensor | None = None
+    key_padding_mask: Tensor | None = None  # bool [B, Lk], True = valid
+    block_size: int | None = None
+    query_positions: Tensor | None = None  # int [B, Lq], -1 = padded
+    key_positions: Tensor | None = None  # int [B, Lk]
+    scale: float | None = None
+    # Any other visibility, bool (True = seen) or added to the scores, broadcastable to [B, H, Lq, Lk].
+    mask: Tensor | None = None
+
+
+AttentionObserver = Callable[[AttentionCall], None]
+# Takes this call's keys and values [B, Hkv, L, D], keeps them, and returns all that attention shall see.
+KeyValueCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Rotary = tuple[Tensor, Tensor]  # cos and sin, float32, broadcastable to [B, H, L, rotated features]
+
+
+class SinkPrunedAttention(nn.Module):
+    """Self-attention with only the kept heads, on a fused query/key/value projection.
+
+    Args:
+        qkv_weight: ``[(n + 2 m) * head_dim, hidden]``: rows of the n kept query heads, then of their m key
+            heads, then of their m value heads.
+        o_weight: ``[hidden, n * head_dim]``.
+        head_dim: features of a head.
+        kept_heads: the n original ids of the query heads, sorted.
+        kv_head_of: for each of the n query heads, which of the m key/value heads it reads; every one of
+            0 … m-1 is read.
+        qkv_bias, o_bias: optional, ``[(n + 2 m) * head_dim]`` and ``[hidden]``.
+        q_norm, k_norm: optional modules over the last dimension of ``[B, heads, L, head_dim]``, before RoPE
+            (a norm over the full width mixes heads and can't be compacted).
+        scale: of the scores; None = ``head_dim ** -0.5``.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+
+    ``observer``, where set, is called with an ``AttentionCall`` after each attention.
+    """
+
+    kv_head_of: Tensor | None
+
+    def __init__(
+        self,
+        qkv_weight: Tensor,
+        o_weight: Tensor,
+        head_dim: int,
+        kept_heads: list[int],
+        kv_head_of: list[int],
+        qkv_bias: Tensor | None = None,
+        o_bias: Tensor | None = None,
+        *,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        if len(kv_head_of) != len(kept_heads):
+            raise ValueError(
+                f"kv_head_of must have one entry per kept head: {len(kept_heads)}, got {len(kv_head_of)}"
+            )
+        if set(kv_head_of) != set(range(len(set(kv_head_of)))):
+            raise ValueError(f"kv_head_of must use every key/value head from 0 up, got {list(kv_head_of)}")
+        self.head_dim, self.kept_heads, self.scale = head_dim, list(kept_heads), scale
+        self.num_heads, self.num_kv_heads = len(kept_heads), len(set(kv_head_of))
+        rows = (self.num_heads + 2 * self.num_kv_heads) * head_dim
+        if qkv_weight.shape[0] != rows or o_weight.shape[1] != self.num_heads * head_dim:
+            raise ValueError(
+                f"{self.num_heads} query and {self.num_kv_heads} key/value heads of {head_dim} features need "
+                f"{rows} rows and {self.num_heads * head_dim} columns, got {qkv_weight.shape[0]} and "
+                f"{o_weight.shape[1]}"
+            )
+        self.qkv_proj = _linear(qkv_weight, qkv_bias)
+        self.o_proj = _linear(o_weight, o_bias)
+        self.q_norm, self.k_norm = q_norm, k_norm
+        equal = [head * self.num_kv_heads // self.num_heads for head in range(self.num_heads)]
+        grouped = self.num_heads % max(1, self.num_kv_heads) == 0 and list(kv_head_of) == equal
+        index = None if grouped else torch.tensor(kv_head_of, device=_index_device(qkv_weight))
+        self.register_buffer("kv_head_of", index, persistent=False)
+        self.observer: AttentionObserver | None = None
+
+    @classmethod
+    def from_projections(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        *,
+        head_dim: int,
+        kept_heads: list[int] | None = None,
+        kv_head_of: list[int] | None = None,
+        q_bias: Tensor | None = None,
+        k_bias: Tensor | None = None,
+        v_bias: Tensor | None = None,
+        o_bias: Tensor | None = None,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        scale: float | None = None,
+    ) -> SinkPrunedAttention:
+        """Build the compact layer from a dense layer's bare weights, which are copied.
+
+        Args:
+            q: ``[H * head_dim, hidden]``; k, v: ``[Hkv * head_dim, hidden]``; o: ``[hidden, H * head_dim]``.
+            head_dim: features of a head.
+            kept_heads: sorted query-head ids to keep; None keeps all.
+            kv_head_of: the key/value head of each of the H query heads; None = ``h // (H / Hkv)``.
+            q_bias, k_bias, v_bias, o_bias: optional; q, k and v all or none.
+            q_norm, k_norm, scale: as in the constructor.
+
+        Raises:
+            ValueError: sizes or ids that do not fit.
+        """
+        if q.shape[0] % head_dim or k.shape[0] % head_dim:
+            raise ValueError(f"head_dim {head_dim} must divide q's {q.shape[0]} and k's {k.shape[0]} rows")
+        heads, kv_heads = q.shape[0] // head_dim, k.shape[0] // head_dim
+        if kv_head_of is None:
+            if not kv_heads or heads % kv_heads:
+                raise ValueError(f"{heads} query heads do not group over {kv_heads} key/value heads")
+            kv_head_of = [head // (heads // kv_heads) for head in range(heads)]
+        kept = list(range(heads)) if kept_heads is None else list(kept_heads)
+        if any(not 0 <= head < heads for head in kept):
+            raise ValueError(f"kept_heads must lie within 0..{heads - 1}, got {kept}")
+        used = sorted({kv_head_of[head] for head in kept})
+        with torch.no_grad():
+            if kept:
+                qkv, bias, _ = native.pack_qkv(q, k, v, q_bias, k_bias, v_bias, kept, used, head_dim)
+                columns = native.pack_o(o, kept, head_dim)
+            else:  # what is left of the layer is the output's bias
+                qkv, bias, columns = q.new_empty(0, q.shape[1]), None, o.new_empty(o.shape[0], 0)
+            return cls(
+                qkv,
+                columns,
+                head_dim,
+                kept,
+                [used.index(kv_head_of[head]) for head in kept],
+                qkv_bias=bias,
+                o_bias=None if o_bias is None else o_bias.detach().clone(),
+                q_norm=q_norm,
+                k_norm=k_norm,
+                scale=scale,
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        *,
+        block_size: int | None = None,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        cached_rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Attend from ``x`` ``[B, Lq, hidden]`` and return ``[B, Lq, hidden]``.
+
+        Args:
+            cos, sin: float32 of this call's positions, ``[Lq, rotated]`` or broadcastable to
+                ``[B, 1, Lq, rotated]``; with fewer than head_dim features the rest passes through; None for
+                no RoPE.
+            key_padding_mask: bool ``[B, Lk]``, True = valid.
+            block_size, query_positions, key_positions: block-causal attention, as in ``ops.attention``.
+            cache: takes this call's keys and values ``[B, m, Lq, head_dim]`` and returns all of them
+                ``[B, m, Lk, head_dim]``. It holds keys after RoPE, unless ``cached_rotary`` is given.
+            cached_rotary: for caches of keys before RoPE: cos and sin of all ``Lk`` keys.
+        """
+        if self.num_heads == 0:
+            return self.o_proj(x.new_zeros(*x.shape[:-1], 0))
+        q, k, v = self.project(x, cos, sin, rotate_keys=cached_rotary is None)
+        if cache is not None:
+            k, v = cache(k, v)
+        if cached_rotary is not None:
+            k = apply_rotary(k, *cached_rotary)
+        out, lse = ops.attention(
+            q,
+            k,
+            v,
+            kv_head_of=self.kv_head_of,
+            key_padding_mask=key_padding_mask,
+            block_size=block_size,
+            query_positions=query_positions,
+            key_positions=key_positions,
+            scale=self.scale,
+        )
+        if self.observer is not None:
+            seen = (key_padding_mask, block_size, query_positions, key_positions, self.scale)
+            self.observer(AttentionCall(q, k, lse, None, self.kv_head_of, *seen))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def project(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, *, rotate_keys: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query ``[B, n, L, D]``, key and value ``[B, m, L, D]``: projected, normed and rotated."""
+        turning = self.num_heads + self.num_kv_heads
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        qk, v = heads[:, :turning], heads[:, turning:]
+        if self.q_norm is None and self.k_norm is None and rotate_keys:  # one rotation for both
+            if cos is not None and sin is not None:
+                qk = apply_rotary(qk, cos, sin)
+            q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
+            return q, k, v
+        q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        if cos is not None and sin is not None:
+            q = apply_rotary(q, cos, sin)
+            k = apply_rotary(k, cos, sin) if rotate_keys else k
+        return q, k, v
+
+    def values(self, x: Tensor) -> Tensor:
+        """The kept value heads side by side, ``[B, L, m * head_dim]``, without the queries and keys."""
+        first = (self.num_heads + self.num_kv_heads) * self.head_dim
+        bias = self.qkv_proj.bias
+        return F.linear(x, self.qkv_proj.weight[first:], None if bias is None else bias[first:])
+
+
+class CompactMLP(nn.Module):
+    """SwiGLU over the kept channels: gate and up fused ``[2 c, hidden]``, down ``[hidden, c]``."""
+
+    def __init__(
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if gate_up.shape[0] != 2 * down.shape[1]:
+            raise ValueError(f"gate_up must have {2 * down.shape[1]} rows, got {gate_up.shape[0]}")
+        self.gate_up_proj = _linear(gate_up, gate_up_bias)
+        self.down_proj = _linear(down, down_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer that holds ``weight`` itself, not a copy."""
+    layer = nn.Linear(1, 1, bias=bias is not None, device="meta")  # a shell: its own weight is not wanted
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)
+    return layer
+
+
+def _index_device(weight: Tensor) -> torch.device:
+    """Indices stay real while a model is laid out on ``meta``."""
+    return torch.device("cpu") if weight.is_meta else weight.device

@@ -1,0 +1,1 @@
+"""From scores to a plan: criteria, costs, budgets in units or in time."""

@@ -1,0 +1,219 @@
+"""From scores to a plan: which query heads and MLP channels each layer keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sinkprune.adapters import Adapter, adapter_for
+from sinkprune.evidence.evidence import Evidence
+from sinkprune.planning.allocation import (
+    ALLOCATIONS,
+    Rules,
+    best_channels,
+    head_units,
+    most_heads,
+    remove_heads,
+    share_budget,
+)
+from sinkprune.planning.channels import NEED_CALIBRATION, channel_scores, check_channel_rule
+from sinkprune.planning.criteria import HeadCriterion, criterion_for
+from sinkprune.plans import LayerPlan, PrunePlan
+
+if TYPE_CHECKING:
+    from sinkprune.evidence.calibration import Calibration
+    from sinkprune.evidence.profiles import SinkProfile
+    from sinkprune.planning.latency_table import LatencyTable
+
+TARGETS = ("heads", "mlp")
+UNITS = ("heads", "parameters", "flops")
+DEFAULT_CRITERION = "reconstruction"  # docs/study.md says why
+
+
+def plan(
+    model: nn.Module,
+    profile: SinkProfile | None = None,
+    criterion: str | HeadCriterion = DEFAULT_CRITERION,
+    ratio: float = 0.38,
+    unit: str = "heads",
+    *,
+    calibration: Calibration | None = None,
+    targets: Iterable[str] = ("heads",),
+    channel_rule: str | None = None,
+    length: int | None = None,
+    target_speedup: float | None = None,
+    target_latency: float | None = None,
+    latency_table: LatencyTable | None = None,
+    allocation: str = "global",
+    min_heads: int = 1,
+    max_layer_share: float = 1.0,
+    round_heads: int = 1,
+    round_channels: int = 1,
+    whole_groups: bool = False,
+    whole_layers: bool = False,
+    seed: int = 0,
+) -> PrunePlan:
+    """Decide what to remove from ``model``.
+
+    Args:
+        model: a dense model of a known family.
+        profile: sink statistics of this model, for criteria that need them.
+        criterion: a registered name (settings may follow: ``"sink_variance:gated=true"``), or a criterion.
+        ratio: share to remove, in [0, 1).
+        unit: what ``ratio`` is a share of: ``"heads"`` (query heads), ``"parameters"`` (of the blocks) or
+            ``"flops"`` (of the blocks, at ``length`` tokens).
+        calibration: rows of ``sp.calibrate``, for criteria and channel rules that need them.
+        targets: with a unit other than heads: ``"heads"``, ``"mlp"`` or both, each giving the same share of
+            its own.
+        channel_rule: which MLP channels go first: ``"magnitude"``, ``"wanda"``, ``"sink_wanda"`` or
+            ``"flap"``; None = ``"flap"`` with calibration rows, else ``"magnitude"``.
+        length: tokens of a forward, for ``unit="flops"`` (None: 1024) and for a target (None: the only length
+            of the table).
+        target_speedup, target_latency: instead of a ratio and its unit: how many times faster than dense a
+            step shall be, or how many seconds it may take, by ``latency_table``. Then ``allocation`` is
+            neither: counts are chosen where time falls, at the least loss (``latency_planning``).
+        latency_table: of this model's sizes (``sp.measured_table``, ``sp.computed_table``).
+        allocation: ``"global"`` ranks all layers' heads together, ``"uniform"`` takes the same share of each
+            layer. Channels go uniformly.
+        min_heads: fewest query heads (or groups, with ``whole_groups``) a layer keeps; 0 allows to empty
+            layers.
+        max_layer_share: most of a layer's heads, and of its channels, that may go, in (0, 1].
+        round_heads, round_channels: a layer that loses any keeps a multiple of these.
+        whole_groups: remove query heads only together with the key/value head they share.
+        whole_layers: remove only whole layers' attention (with a rule for layers), whatever ``min_heads``.
+        seed: for criteria that draw.
+
+    Raises:
+        ValueError: an argument out of range, a ratio out of reach (the message says the maximum), a profile
+            of another model, or evidence that a rule needs and that was not given.
+    """
+    adapter = adapter_for(model)
+    geometry = adapter.geometry()
+    rule = criterion_for(criterion)
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    if not isinstance(ratio, (int, float)):
+        raise TypeError(f"ratio must be a number, got {ratio!r}")
+    rules = Rules(
+        allocation, min_heads, max_layer_share, round_heads, round_channels, whole_groups, whole_layers
+    )
+    evidence = Evidence(profile, calibration, seed)
+    if channel_rule is None:
+        channel_rule = "magnitude" if calibration is None else "flap"
+    timed = target_speedup is not None or target_latency is not None or latency_table is not None
+    if timed:
+        ratio, unit = 0.0, "parameters"
+    tokens = 1024 if length is None else length
+    _check_arguments(adapter, rule, evidence, ratio, unit, targets, channel_rule, tokens, rules)
+
+    scores = scores_of(rule, adapter, evidence)
+    units = head_units(geometry, scores, rules)
+    layers = range(geometry.num_layers)
+    told: dict[str, Any] = {}
+    counts = None
+    if timed:
+        from sinkprune.planning.latency_planning import reach
+
+        worth = None
+        if "mlp" in targets:
+            worth = [channel_scores(channel_rule, adapter, evidence, layer) for layer in layers]
+        may_go = units if "heads" in targets else [[] for _ in layers]
+        goal = (target_speedup, target_latency)
+        kept, counts, told = reach(geometry, scores, may_go, latency_table, length, goal, rules, worth)
+    elif unit == "heads":
+        budget, reachable = round(ratio * sum(geometry.heads)), most_heads(units)
+        if budget > reachable:
+            raise ValueError(
+                f"ratio {ratio} is out of reach: at most {reachable / sum(geometry.heads):.3f} of the heads "
+                f"can go while every layer keeps {min_heads}"
+            )
+        kept = remove_heads(geometry, units, budget, allocation, None)
+    else:
+        work_at = tokens if unit == "flops" else 0
+        kept, counts = share_budget(geometry, units, ratio, targets, rules, work_at)
+    channels: list[list[int] | None] = [None] * geometry.num_layers
+    if counts is not None:
+        by_channel = [channel_scores(channel_rule, adapter, evidence, layer) for layer in layers]
+        channels = [*best_channels(by_channel, counts)]
+
+    made = PrunePlan(
+        geometry=geometry,
+        fingerprint=adapter.fingerprint(),
+        layers=[LayerPlan(heads, ids) for heads, ids in zip(kept, channels, strict=True)],
+        criterion=rule.name,
+        ratio=ratio,
+        unit=unit,
+        targets=targets,
+        allocation=allocation,
+        seed=seed,
+        details={
+            "settings": vars(rule),
+            **asdict(rules),
+            "channel_rule": channel_rule,
+            "length": tokens,
+            **told,
+        },
+    )
+    if timed:
+        made.ratio, made.allocation = made.parameters_removed, "latency"
+    return made
+
+
+def scores_of(rule: HeadCriterion, adapter: Adapter, evidence: Evidence) -> Tensor:
+    """The criterion's scores ``[layers, most heads]``. Raises ``ValueError`` where they are not finite."""
+    scores = rule.score(adapter, evidence)
+    if not all(torch.isfinite(scores[i, :n]).all() for i, n in enumerate(adapter.geometry().heads)):
+        raise ValueError(f"criterion {rule.name!r} gave scores that are not finite")
+    return scores
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise ``ValueError`` outside [0, 1)."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio must lie in [0, 1), got {ratio}")
+
+
+def _check_arguments(
+    adapter: Adapter,
+    rule: HeadCriterion,
+    evidence: Evidence,
+    ratio: float,
+    unit: str,
+    targets: tuple[str, ...],
+    channel_rule: str,
+    length: int,
+    rules: Rules,
+) -> None:
+    if adapter.form != "dense":
+        raise ValueError(f"the model is already pruned ({adapter.form} form); plan on the dense model")
+    check_ratio(ratio)
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
+    if not targets or set(targets) - set(TARGETS):
+        raise ValueError(f"targets must be chosen from {TARGETS}, got {targets}")
+    if unit == "heads" and targets != ("heads",):
+        raise ValueError(f"unit='heads' removes heads only, got targets={targets}; use unit='parameters'")
+    if rules.allocation not in ALLOCATIONS:
+        raise ValueError(f"allocation must be one of {ALLOCATIONS}, got {rules.allocation!r}")
+    if rules.min_heads < 0:
+        raise ValueError(f"min_heads must be at least 0, got {rules.min_heads}")
+    if not 0 < rules.max_layer_share <= 1:
+        raise ValueError(f"max_layer_share must lie in (0, 1], got {rules.max_layer_share}")
+    if min(rules.round_heads, rules.round_channels, length) < 1:
+        raise ValueError(
+            "round_heads, round_channels and length must be at least 1, got "
+            f"{rules.round_heads}, {rules.round_channels} and {length}"
+        )
+    check_channel_rule(channel_rule)
+    if rule.needs_profile and evidence.profile is None:
+        raise ValueError(f"criterion {rule.name!r} needs a profile: pass sp.profile(model, prompts, ...)")
+    if evidence.calibration is None:
+        if rule.needs_calibration:
+            raise ValueError(f"criterion {rule.name!r} needs calibration=sp.calibrate(model, text, ...)")
+        if "mlp" in targets and channel_rule in NEED_CALIBRATION:
+            raise ValueError(f"channel rule {channel_rule!r} needs calibration=sp.calibrate(model, ...)")
+    if evidence.profile is not None:
+        evidence.profile.check_model(adapter)

@@ -1,0 +1,1 @@
+"""Changing a model: repacking, repair, schedules, zeros in the weights."""

@@ -1,0 +1,186 @@
+"""Putting a plan into a model: skipped heads (mask form) or really smaller matrices (compact form)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sinkprune.adapters import Adapter, AttentionWeights, MLPWeights, adapter_for
+from sinkprune.evidence.calibration import Calibration
+from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
+from sinkprune.ops import native
+from sinkprune.plans import Geometry, LayerPlan, PrunePlan, mark
+from sinkprune.pruning.repair import repaired
+
+
+def apply(
+    model: nn.Module,
+    plan: PrunePlan,
+    mode: str = "compact",
+    *,
+    calibration: Calibration | None = None,
+    repair: str | None = "least_squares",
+    low_memory: bool = False,
+) -> nn.Module:
+    """Prune ``model`` in place and return it.
+
+    Args:
+        model: a dense model of the plan's geometry and fingerprint.
+        plan: what to keep.
+        mode: ``"compact"`` makes the matrices smaller; ``"mask"`` skips heads and channels with the weights
+            as they are, and ``restore`` undoes it.
+        calibration: rows of ``sp.calibrate`` to repair the kept projections on; None leaves their weights as
+            they are.
+        repair: with ``calibration``: ``"least_squares"`` refits output and down projections to the dense
+            layers' outputs, ``"bias"`` only gives back the means of what was removed, None does nothing.
+        low_memory: replace layer by layer, so that the peak is one layer's projections more than the model. A
+            failure half-way then leaves the model part compact; without it, the model is as it was.
+
+    Raises:
+        ValueError: a repair in mask form; a model that is pruned already, compiled, sharded, on ``meta`` or
+            with layers that share weights; a plan for another model; a layer that can't be compacted.
+    """
+    adapter = adapter_for(model)
+    if not isinstance(plan, PrunePlan):
+        raise TypeError(f"plan must be a PrunePlan (see PrunePlan.load), got {type(plan).__name__}")
+    if mode not in ("compact", "mask"):
+        raise ValueError(f"mode must be 'compact' or 'mask', got {mode!r}")
+    if adapter.form != "dense":
+        raise ValueError(f"the model is already pruned ({adapter.form} form)")
+    if plan.geometry != adapter.geometry():
+        raise ValueError(
+            f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}"
+        )
+    if plan.fingerprint and plan.fingerprint != adapter.fingerprint():
+        raise ValueError("the plan was made for other weights: its fingerprint differs from the model's")
+    kept = plan.layers
+    adapter.check([layer.kept_heads for layer in kept], [layer.kept_channels for layer in kept], mode)
+    if mode == "mask":
+        if calibration is not None and repair is not None:
+            raise ValueError("repair changes weights, which the mask form leaves as they are: repair=None")
+        _mask(adapter, plan)
+    elif calibration is None or repair is None:
+        install_compact(model, plan, low_memory=low_memory)
+    else:
+        with repaired(adapter, plan, calibration, repair, keep_originals=not low_memory):
+            install_compact(model, plan, low_memory=low_memory)
+        rows, length = calibration.ids.shape
+        noted = {"repair": {"method": repair, "rows": rows, "length": length}}
+        plan = replace(plan, details=plan.details | noted)
+    mark(model, plan, mode)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``apply(..., mode="mask")``. Raises ``ValueError`` for a compact model, whose weights are gone."""
+    adapter = adapter_for(model)
+    if adapter.form == "compact":
+        raise ValueError("a compact model can't be restored: load the dense checkpoint again")
+    for layer in range(adapter.geometry().num_layers):
+        adapter.mask(layer, None, None)
+    mark(model, None, "dense")
+    return model
+
+
+def install_compact(model: nn.Module, plan: PrunePlan, *, low_memory: bool = False) -> None:
+    """Replace the projections of every layer that the plan changes. Works on ``meta`` tensors too."""
+    adapter = adapter_for(model)
+    geometry = adapter.geometry()
+    refusal = adapter.refuse_compact()
+    if refusal:
+        raise ValueError(f"this model can't take the compact form: {refusal}; use mode='mask'")
+    layers = range(geometry.num_layers)
+    if low_memory:
+        for layer in layers:
+            adapter.install(layer, *compact_layer(adapter, plan, layer))
+        return
+    modules = [compact_layer(adapter, plan, layer) for layer in layers]  # all of them before the first change
+    for layer in layers:
+        adapter.install(layer, *modules[layer])
+
+
+def compact_layer(adapter: Adapter, plan: PrunePlan, layer: int) -> tuple[nn.Module, nn.Module | None]:
+    """The compact modules of ``layer``, beside the dense tensors they were packed from."""
+    kept = plan.layers[layer]
+    own = adapter.compact(layer, kept.kept_heads, kept.kept_channels)
+    if own is not None:
+        return own
+    attention = compact_attention(
+        adapter.attention_weights(layer), adapter.geometry(), layer, kept.kept_heads
+    )
+    mlp = None
+    if kept.kept_channels is not None:
+        mlp = compact_mlp(adapter.mlp_weights(layer), kept.kept_channels)
+    return attention, mlp
+
+
+def compact_attention(
+    weights: AttentionWeights, geometry: Geometry, layer: int, kept_heads: list[int]
+) -> SinkPrunedAttention:
+    """Pack the kept query heads, and the key/value heads that they read, into one fused layer."""
+    return SinkPrunedAttention.from_projections(
+        **vars(weights),
+        head_dim=geometry.head_dim,
+        kept_heads=kept_heads,
+        kv_head_of=geometry.kv_head_of(layer),
+    )
+
+
+@torch.no_grad()
+def compact_mlp(weights: MLPWeights, channels: list[int]) -> CompactMLP:
+    """Pack the kept channels of a gated MLP, gate and up fused."""
+    if weights.gate is None:
+        raise ValueError("this MLP is not gated, and CompactMLP is")
+    gate_up, down = native.pack_mlp(weights.gate, weights.up, weights.down, channels)
+    bias = None
+    if weights.gate_bias is not None and weights.up_bias is not None:
+        index = torch.tensor(channels, device=weights.gate_bias.device)
+        bias = torch.cat((weights.gate_bias[index], weights.up_bias[index]))
+    return CompactMLP(gate_up, down, bias, _copy(weights.down_bias))
+
+
+def mask_indices(adapter: Adapter, plan: PrunePlan) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Heads and channels of every layer as ``Adapter.mask`` takes them, on the layer's device; None = all."""
+    found: list[tuple[Tensor | None, Tensor | None]] = []
+    for layer, kept in enumerate(plan.layers):
+        device = adapter.attention_weights(layer).q.device
+        channels = None if kept.kept_channels is None else torch.tensor(kept.kept_channels, device=device)
+        everything = len(kept.kept_heads) == plan.geometry.heads[layer]
+        heads = None if everything else torch.tensor(kept.kept_heads, dtype=torch.long, device=device)
+        found.append((heads, channels))
+    return found
+
+
+def _mask(adapter: Adapter, plan: PrunePlan) -> None:
+    for layer, (heads, channels) in enumerate(mask_indices(adapter, plan)):
+        adapter.mask(layer, heads, channels)
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def fuse(model: nn.Module, *, low_memory: bool = False) -> nn.Module:
+    """Fuse query/key/value and gate/up projections of a dense model, in place, and return it.
+
+    That is ``apply`` of a plan that keeps everything: same tokens up to rounding, three matrix products
+    fewer in every layer. The model counts as compact afterwards, so profile, plan and apply it before.
+
+    Args:
+        model: a dense model of a known family.
+        low_memory: as in ``apply``.
+
+    Raises:
+        ValueError: a model that is pruned or fused already, or that can't take the compact form.
+    """
+    adapter = adapter_for(model)
+    geometry = adapter.geometry()
+    gated = geometry.mlp_matrices == 3
+    layers = [
+        LayerPlan(list(range(heads)), list(range(channels)) if gated else None)
+        for heads, channels in zip(geometry.heads, geometry.channels, strict=True)
+    ]
+    plan = PrunePlan(geometry, adapter.fingerprint(), layers, criterion="nothing", ratio=0.0)
+    return apply(model, plan, low_memory=low_memory)

@@ -1,0 +1,195 @@
+"""Repair without retraining: output and down projections refitted so that a pruned layer gives what the dense
+one gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sinkprune.adapters import Adapter
+from sinkprune.evidence.calibration import BlockStream, Calibration, linear
+from sinkprune.plans import Geometry
+
+if TYPE_CHECKING:
+    from sinkprune.plans import PrunePlan
+
+REPAIRS = ("least_squares", "bias")
+RIDGE = 1e-2  # of the mean square of the inputs, pulling towards the weights as they are
+
+
+@contextmanager
+def repaired(
+    adapter: Adapter,
+    plan: PrunePlan,
+    calibration: Calibration,
+    method: str = "least_squares",
+    *,
+    ridge: float = RIDGE,
+    batch: int = 16,
+    keep_originals: bool = True,
+    progress: bool = False,
+) -> Iterator[None]:
+    """Refit the projections of a dense model for ``plan``; if what follows fails, put the old ones back.
+
+    Layer by layer, on the outputs of the already pruned and repaired layers before it: the kept columns and
+    the bias of the output projection, then of the down projection, are those that come closest in squared
+    error to the dense layer's outputs, by ridge regression towards the weights as they are. Layers before the
+    first that loses something are left as they are; later ones make up for what reaches them changed. Kept
+    columns change; the others are what packing drops.
+
+    Memory: hidden states of the calibration rows twice, one layer's outputs, and one Gram matrix of the kept
+    columns in float64; with ``keep_originals`` also the projections as they were.
+
+    Args:
+        adapter: of a dense model.
+        plan: what will be kept.
+        calibration: rows to fit on; fewer tokens than kept columns rely on the ridge.
+        method: ``"least_squares"``, or ``"bias"``, which only gives back the means of what was removed (FLAP,
+            arXiv 2312.11983).
+        ridge: strength, relative to the inputs' mean square.
+
+    Raises:
+        ValueError: an unknown method, a projection that is not an ordinary linear layer, or activations that
+            are not finite.
+    """
+    if method not in REPAIRS:
+        raise ValueError(f"repair must be one of {REPAIRS} or None, got {method!r}")
+    originals: list[tuple[nn.Linear, Tensor, Tensor | None]] = []
+    layers = range(adapter.geometry().num_layers)
+    first = _first_loss(adapter.geometry(), plan)
+    try:
+        dense, pruned = (BlockStream(adapter, calibration, batch) for _ in range(2))
+        for layer in tqdm(layers, desc="repairing", unit="layer", disable=not progress):
+            if layer < first:
+                dense.advance(layer)
+                pruned.advance(layer)
+                continue
+            fits = _fits(adapter, plan, layer)
+            with _outputs([module for module, _ in fits]) as targets:
+                dense.advance(layer)
+            kept = plan.layers[layer]
+            _skip(adapter, layer, kept.kept_heads, kept.kept_channels)
+            try:
+                for (module, columns), target in zip(fits, targets, strict=True):
+                    if keep_originals:
+                        originals.append((module, module.weight.detach().clone(), module.bias))
+                    sums = _Sums(columns, target, pruned.valid)
+                    pruned.visit(layer, module, sums.add)
+                    weight, bias = sums.solve(module, ridge if method == "least_squares" else None)
+                    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+                        raise ValueError(f"layer {layer}: activations are not finite; nothing was repaired")
+                    with torch.no_grad():
+                        module.weight[:, columns] = weight.to(module.weight.dtype)
+                        module.bias = nn.Parameter(bias.to(module.weight.dtype), module.weight.requires_grad)
+                pruned.advance(layer)
+            finally:
+                _skip(adapter, layer, None, None)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for module, weight, old_bias in reversed(originals):
+                module.weight.copy_(weight)
+                module.register_parameter("bias", cast(nn.Parameter | None, old_bias))
+        raise
+
+
+def add_biases(adapter: Adapter, plan: PrunePlan) -> None:
+    """Give a dense model that is laid out on ``meta`` the biases that repairing it for ``plan`` added."""
+    for layer in range(_first_loss(adapter.geometry(), plan), adapter.geometry().num_layers):
+        for module, _ in _fits(adapter, plan, layer):
+            if module.bias is None:
+                module.bias = nn.Parameter(module.weight.new_empty(module.out_features))
+
+
+def _first_loss(geometry: Geometry, plan: PrunePlan) -> int:
+    """The first layer that loses something; the number of layers where none does."""
+    layers = range(geometry.num_layers)
+    return next((i for i in layers if _loses(geometry, plan, i)), geometry.num_layers)
+
+
+def _loses(geometry: Geometry, plan: PrunePlan, layer: int) -> bool:
+    kept = plan.layers[layer]
+    return len(kept.kept_heads) < geometry.heads[layer] or kept.kept_channels is not None
+
+
+def _fits(adapter: Adapter, plan: PrunePlan, layer: int) -> list[tuple[nn.Linear, Tensor]]:
+    """The layer's projections to refit, in the order in which they run, and the columns that they keep."""
+    geometry, kept, linears = adapter.geometry(), plan.layers[layer], adapter.linears(layer)
+    output = linear(linears["o"])
+    width = output.in_features // geometry.heads[layer]
+    device = output.weight.device
+    heads = torch.tensor(kept.kept_heads, dtype=torch.long, device=device)
+    found = [(output, (heads[:, None] * width + torch.arange(width, device=device)).flatten())]
+    if "down" in linears:
+        down = linear(linears["down"])
+        channels = range(down.in_features) if kept.kept_channels is None else kept.kept_channels
+        found.append((down, torch.tensor(list(channels), device=device)))
+    return found
+
+
+class _Sums:
+    """Normal equations of one projection, gathered batch by batch in float64."""
+
+    def __init__(self, columns: Tensor, targets: list[Tensor], valid: list[Tensor | None]) -> None:
+        self.columns, self.targets, self.valid, self.seen = columns, targets, valid, 0
+        self.count = 0
+        self.gram = self.cross = self.x_sum = self.y_sum = torch.zeros(
+            (), dtype=torch.float64, device=columns.device
+        )
+
+    def add(self, x: Tensor) -> None:
+        """One batch's inputs of the projection, ``[B, L, columns]``."""
+        valid, y = self.valid[self.seen], self.targets[self.seen]
+        self.seen += 1
+        rows = (slice(None), slice(None)) if valid is None else valid
+        x = x[rows].reshape(-1, x.shape[-1]).index_select(1, self.columns).float()
+        y = y[rows].reshape(-1, y.shape[-1]).float()
+        self.count += len(x)
+        self.gram = self.gram + (x.T @ x).double()
+        self.cross = self.cross + (x.T @ y).double()
+        self.x_sum = self.x_sum + x.double().sum(0)
+        self.y_sum = self.y_sum + y.double().sum(0)
+
+    def solve(self, module: nn.Linear, ridge: float | None) -> tuple[Tensor, Tensor]:
+        """The kept columns ``[hidden, n]`` and the bias ``[hidden]``; ``ridge=None`` leaves the columns."""
+        n = self.count
+        weight = module.weight.detach()[:, self.columns].double()
+        x_mean, y_mean = self.x_sum / n, self.y_sum / n
+        if ridge is not None:
+            gram = self.gram / n - x_mean[:, None] * x_mean
+            cross = self.cross / n - x_mean[:, None] * y_mean
+            gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+            # What the weights as they are leave over is fitted: the ridge pulls towards them, not to zero.
+            left = cross - (self.gram / n - x_mean[:, None] * x_mean) @ weight.T
+            weight = weight + torch.linalg.solve(gram, left, left=True).T
+        return weight, y_mean - weight @ x_mean
+
+
+@contextmanager
+def _outputs(modules: list[nn.Linear]) -> Iterator[list[list[Tensor]]]:
+    """The outputs of linear layers while the blocks run, one list of batches for each."""
+    found: list[list[Tensor]] = [[] for _ in modules]
+    hooks = [
+        module.register_forward_hook(lambda m, args, out, into=into: into.append(out.detach()))
+        for module, into in zip(modules, found, strict=True)
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _skip(adapter: Adapter, layer: int, heads: list[int] | None, channels: list[int] | None) -> None:
+    """Mask form of one layer; all None undoes it."""
+    device = adapter.attention_weights(layer).q.device
+    adapter.mask(
+        layer,
+        None if heads is None else torch.tensor(heads, dtype=torch.long, device=device),
+        None if channels is None else torch.tensor(channels, dtype=torch.long, device=device),
+    )
