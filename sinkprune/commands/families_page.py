@@ -19,9 +19,9 @@ COLUMNS = (
 )  # fmt: skip
 _HEAD = """# Families
 
-What this package does with which models. `python -m sinkprune.commands.families_page docs/families.md` writes this page
-from the registered adapters, and tests hold it to them and to what toy models of every family do. Toys have
-the published structure and random weights: no published checkpoint was at hand.
+What this package does with which models. `python -m sinkprune.commands.families_page docs/families.md` writes
+this page from the registered adapters, and tests hold it to them and to what toy models of every family do.
+Toys have the published structure and random weights: no published checkpoint was at hand.
 
 - **read as**: *native* is our own code on the published tensor names and configuration keys, which `sp.load`
   reads; a *live object* is what you loaded with the model's own code, changed in place; a *transformers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sinkprune.commands import arguments, fitting
+from sinkprune.commands import arguments
 
 
 def add_commands(commands: arguments.Commands) -> None:
@@ -31,6 +31,7 @@ def add_commands(commands: arguments.Commands) -> None:
 
 def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from sinkprune.checkpoints import checkpoint
+    from sinkprune.commands import fitting
     from sinkprune.evaluation import footprint
     from sinkprune.generation import denoising as generation
     from sinkprune.generation import windows

@@ -51,7 +51,7 @@ def _load() -> tuple[ModuleType | None, str]:
     wish = os.environ.get("SINKPRUNE_NATIVE", "")
     if wish == "0":
         return None, "SINKPRUNE_NATIVE=0 turned it off"
-    name = f"{__package__}._C"
+    name = "sinkprune._C"
     if wish not in ("", "1"):
         if not Path(wish).is_file():
             return None, f"SINKPRUNE_NATIVE names {wish}, which is not a file"

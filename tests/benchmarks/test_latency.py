@@ -13,6 +13,7 @@ from toys import one_thread  # noqa: F401
 import sinkprune as sp
 from sinkprune.planning import hardware
 from sinkprune.planning.costs import step_flops
+from sinkprune.pruning import repacking
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "latency.py"
 ROOFS = hardware.Roofs("flat", {"float32": 1e11}, 1e10, "measured")
@@ -87,7 +88,7 @@ def dense_median(rows, row):
 
 def test_no_speed_is_reported_when_the_check_fails(latency, monkeypatch, tmp_path, capsys):
     def wrong(model, plan, mode="compact"):
-        sp.apply(model, plan, mode=mode)
+        repacking.apply(model, plan, mode=mode)
         if mode == "compact":
             model.blocks[0].attention.o_proj.weight.mul_(1.5)
 

@@ -50,7 +50,7 @@ def toys():
 
 def test_the_page_is_what_the_registry_says():
     assert PAGE.read_text() == families.page(), (
-        "run python -m sinkprune.commands.families_page docs/families.md"
+        "python -m sinkprune.commands.families_page docs/families.md"
     )
 
 
