@@ -157,7 +157,7 @@ def test_extreme_scores_neither_overflow_nor_turn_negative() -> None:
 def test_narrower_vectors_agree(isa: str) -> None:
     """The paths of other CPUs, in a process of their own because the choice is made once."""
     code = (
-        "import sys, torch; from sinkprune import native; from tests_column_mass import *\n"
+        "import sys, torch; from sinkprune.ops import native; from tests_column_mass import *\n"
         "assert native.build_info()['vectors'] in (sys.argv[1], 'generic')\n"
         "test_matches_the_reference_at_odd_sizes(63, 111, 60)\n"
         "test_matches_the_reference_with_every_option('all')\n"
@@ -203,7 +203,7 @@ def test_bad_arguments_raise_and_name_what_was_expected(change: dict, error: str
 def test_memory_stays_far_below_the_scores() -> None:
     """At most an eighth of the score matrix, in a process of its own: here a few per cent of it."""
     code = (
-        "import torch\nfrom sinkprune import native\n"
+        "import torch\nfrom sinkprune.ops import native\n"
         "def held(field):\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))\n"

@@ -49,7 +49,7 @@ def test_no_call_reads_or_writes_where_it_should_not(sanitized_build: Path) -> N
         "SINKPRUNE_NATIVE": str(sanitized_build),
         "SINKPRUNE_FUZZ_CALLS": CALLS,
     }
-    check = "from sinkprune import native; assert native.build_info()['sanitized'], native.why_not()"
+    check = "from sinkprune.ops import native; assert native.build_info()['sanitized'], native.why_not()"
     subprocess.run([sys.executable, "-c", check], env=environment, check=True, cwd=ROOT)
     command = [
         sys.executable,
