@@ -34,6 +34,7 @@ class DreamConfig(PublishedConfig):
     num_key_value_heads: int | None = None
     max_position_embeddings: int = 131072
     tie_word_embeddings: bool = False
+    attention_bias: bool = True
     bos_token_id: int | None = None
 
     FAMILY: ClassVar[str] = "Dream"
@@ -77,9 +78,9 @@ class DreamAttention(BidirectionalAttention):
         super().__init__()
         width, kv_width = config.hidden_size, config.kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(width, width, bias=True)
-        self.k_proj = nn.Linear(width, kv_width, bias=True)
-        self.v_proj = nn.Linear(width, kv_width, bias=True)
+        self.q_proj = nn.Linear(width, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
