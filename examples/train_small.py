@@ -304,6 +304,8 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
+                if f"mean.{name}" not in tensors:  # saved before the first step
+                    continue
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.progress["step"])),
                     "exp_avg": tensors[f"mean.{name}"],

@@ -14,6 +14,7 @@ CONFIGS = {
     "gqa": {},
     "mha": {"num_key_value_heads": 4},
     "tied": {"tie_word_embeddings": True},
+    "without biases": {"attention_bias": False, "tie_word_embeddings": True},
     "two layers, other theta": {"num_hidden_layers": 2, "rope_theta": 10000.0},
 }
 HEADS = [[0, 2], [1], [0, 1, 3]]

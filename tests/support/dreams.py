@@ -41,7 +41,8 @@ def published_tensors(config, seed=0):
         }
         for part, rows in (("q", d), ("k", kv), ("v", kv)):
             tensors[f"{name}self_attn.{part}_proj.weight"] = matrix(rows, d)
-            tensors[f"{name}self_attn.{part}_proj.bias"] = torch.randn(rows, generator=g)
+            if config.get("attention_bias", True):
+                tensors[f"{name}self_attn.{part}_proj.bias"] = torch.randn(rows, generator=g)
         tensors[name + "self_attn.o_proj.weight"] = matrix(d, d)
         for part, shape in (("gate", (f, d)), ("up", (f, d)), ("down", (d, f))):
             tensors[f"{name}mlp.{part}_proj.weight"] = matrix(*shape)
