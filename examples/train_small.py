@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from sinkprune.models.dream import DreamConfig
 from sinkprune.models.small import DELTA, END, MASK, TABLE, find_base, read_base, read_tokenizer
-from sinkprune.rotary import apply_rotary, rotary_table
+from sinkprune.models.rotary import apply_rotary, rotary_table
 
 LENGTH = 256
 RANK = 32
