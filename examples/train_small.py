@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sinkprune.models.dream import DreamConfig
-from sinkprune.models.small import DELTA, END, MASK, TABLE, find_base, read_base, read_tokenizer
 from sinkprune.models.rotary import apply_rotary, rotary_table
+from sinkprune.models.small import DELTA, END, MASK, TABLE, find_base, read_base, read_tokenizer
 
 LENGTH = 256
 RANK = 32

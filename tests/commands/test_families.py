@@ -49,9 +49,7 @@ def toys():
 
 
 def test_the_page_is_what_the_registry_says():
-    assert PAGE.read_text() == families.page(), (
-        "python -m sinkprune.commands.families_page docs/families.md"
-    )
+    assert PAGE.read_text() == families.page(), "python -m sinkprune.commands.families_page docs/families.md"
 
 
 def test_every_family_has_facts_and_a_toy():
