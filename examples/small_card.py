@@ -26,7 +26,7 @@ from torch import Tensor
 from train_small import LENGTH, LEVELS, MASK, streams
 
 import sinkprune as sp
-from sinkprune.intervals import Interval, bootstrap_interval
+from sinkprune.evaluation.intervals import Interval, bootstrap_interval
 from sinkprune.models import small
 
 ASSETS = Path(__file__).parent.parent / "sinkprune" / "assets" / "small"
