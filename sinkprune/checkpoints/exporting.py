@@ -59,7 +59,7 @@ def export(model: nn.Module, folder: str | Path, *, uniform: bool = True, tokeni
     kept = _kept_sizes(plan)
     _check_uniform(plan, kept)
     small, config = _lay_out(config, plan, kept)
-    if "repair" in plan.details:
+    if plan.details.get("repair", {"biases": False}).get("biases", True):
         _check_biases(adapter_for(small))
     _fill(small, model, adapter)
     _write(small, folder, config, tokenizer)

@@ -3,6 +3,7 @@ one gave."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
@@ -18,7 +19,7 @@ from sinkprune.plans import Geometry
 if TYPE_CHECKING:
     from sinkprune.plans import PrunePlan
 
-REPAIRS = ("least_squares", "bias")
+REPAIRS = ("least_squares", "least_squares_bias", "bias")
 RIDGE = 1e-2  # of the mean square of the inputs, pulling towards the weights as they are
 
 
@@ -36,9 +37,10 @@ def repaired(
 ) -> Iterator[None]:
     """Refit the projections of a dense model for ``plan``; if what follows fails, put the old ones back.
 
-    Layer by layer, on the outputs of the already pruned and repaired layers before it: the kept columns and
-    the bias of the output projection, then of the down projection, are those that come closest in squared
-    error to the dense layer's outputs, by ridge regression towards the weights as they are. Layers before the
+    Layer by layer, on the outputs of the already pruned and repaired layers before it: the kept columns of
+    the output projection, then of the down projection, and its bias where it has one, are those that come
+    closest in squared error to the dense layer's outputs, by ridge regression towards the weights as they
+    are. Layers before the
     first that loses something are left as they are; later ones make up for what reaches them changed. Kept
     columns change; the others are what packing drops.
 
@@ -48,8 +50,9 @@ def repaired(
     Args:
         adapter: of a dense model.
         plan: what will be kept.
-        calibration: rows to fit on; fewer tokens than kept columns rely on the ridge.
-        method: ``"least_squares"``, or ``"bias"``, which only gives back the means of what was removed (FLAP,
+        calibration: rows to fit on; fewer tokens than kept columns rely on the ridge, and are warned of.
+        method: ``"least_squares"``, which adds no biases; ``"least_squares_bias"``, which gives every refitted
+            projection one; or ``"bias"``, which only gives back the means of what was removed (FLAP,
             arXiv 2312.11983).
         ridge: strength, relative to the inputs' mean square.
 
@@ -62,6 +65,7 @@ def repaired(
     originals: list[tuple[nn.Linear, Tensor, Tensor | None]] = []
     layers = range(adapter.geometry().num_layers)
     first = _first_loss(adapter.geometry(), plan)
+    warned = False
     try:
         dense, pruned = (BlockStream(adapter, calibration, batch) for _ in range(2))
         for layer in tqdm(layers, desc="repairing", unit="layer", disable=not progress):
@@ -80,12 +84,25 @@ def repaired(
                         originals.append((module, module.weight.detach().clone(), module.bias))
                     sums = _Sums(columns, target, pruned.valid)
                     pruned.visit(layer, module, sums.add)
-                    weight, bias = sums.solve(module, ridge if method == "least_squares" else None)
+                    if not warned and method != "bias" and sums.count < len(columns):
+                        warned = True
+                        warnings.warn(
+                            f"repair has {sums.count} calibration tokens for {len(columns)} columns of layer "
+                            f"{layer}: calibrate on more rows",
+                            stacklevel=2,
+                        )
+                    weight, bias = sums.solve(
+                        module,
+                        None if method == "bias" else ridge,
+                        biased=method != "least_squares" or module.bias is not None,
+                    )
                     if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
                         raise ValueError(f"layer {layer}: activations are not finite; nothing was repaired")
                     with torch.no_grad():
                         module.weight[:, columns] = weight.to(module.weight.dtype)
-                        module.bias = nn.Parameter(bias.to(module.weight.dtype), module.weight.requires_grad)
+                        if method != "least_squares" or module.bias is not None:
+                            fitted = bias.to(module.weight.dtype)
+                            module.bias = nn.Parameter(fitted, module.weight.requires_grad)
                 pruned.advance(layer)
             finally:
                 _skip(adapter, layer, None, None)
@@ -99,7 +116,12 @@ def repaired(
 
 
 def add_biases(adapter: Adapter, plan: PrunePlan) -> None:
-    """Give a dense model that is laid out on ``meta`` the biases that repairing it for ``plan`` added."""
+    """Give a dense model that is laid out on ``meta`` the biases that repairing it for ``plan`` added.
+
+    Plans from before repairs without biases do not say whether theirs added some: it did.
+    """
+    if not plan.details.get("repair", {"biases": False}).get("biases", True):
+        return
     for layer in range(_first_loss(adapter.geometry(), plan), adapter.geometry().num_layers):
         for module, _ in _fits(adapter, plan, layer):
             if module.bias is None:
@@ -155,19 +177,24 @@ class _Sums:
         self.x_sum = self.x_sum + x.double().sum(0)
         self.y_sum = self.y_sum + y.double().sum(0)
 
-    def solve(self, module: nn.Linear, ridge: float | None) -> tuple[Tensor, Tensor]:
-        """The kept columns ``[hidden, n]`` and the bias ``[hidden]``; ``ridge=None`` leaves the columns."""
-        n = self.count
+    def solve(self, module: nn.Linear, ridge: float | None, *, biased: bool) -> tuple[Tensor, Tensor]:
+        """The kept columns ``[hidden, n]`` and the bias ``[hidden]``, zero unless ``biased``; ``ridge=None``
+        leaves the columns."""
+        n = max(1, self.count)
         weight = module.weight.detach()[:, self.columns].double()
         x_mean, y_mean = self.x_sum / n, self.y_sum / n
-        if ridge is not None:
-            gram = self.gram / n - x_mean[:, None] * x_mean
-            cross = self.cross / n - x_mean[:, None] * y_mean
-            gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-            # What the weights as they are leave over is fitted: the ridge pulls towards them, not to zero.
-            left = cross - (self.gram / n - x_mean[:, None] * x_mean) @ weight.T
+        if ridge is not None and len(self.columns):
+            square = self.gram / n
+            gram, cross = square.clone(), self.cross / n
+            if biased:
+                gram -= x_mean[:, None] * x_mean
+                cross = cross - x_mean[:, None] * y_mean
+            # What the weights as they are leave over is fitted: the ridge pulls towards them, not to zero. It is
+            # a share of the mean square, which rows that are all alike have and their spread has not.
+            left = cross - gram @ weight.T
+            gram.diagonal().add_(ridge * square.diagonal().mean() + torch.finfo(torch.float32).tiny)
             weight = weight + torch.linalg.solve(gram, left, left=True).T
-        return weight, y_mean - weight @ x_mean
+        return weight, y_mean - weight @ x_mean if biased else torch.zeros_like(y_mean)
 
 
 @contextmanager
