@@ -73,7 +73,7 @@ def load(
         if plan.geometry != adapter_for(model).geometry():
             raise ValueError(f"{folder}: the plan in {MANIFEST} does not fit config.json")
         if form == "compact":
-            _lay_out_compact(model, plan)
+            lay_out_compact(model, plan)
     _fill(model, _weight_files(folder), torch.device(device), dtype)
     model.eval()
     if plan is not None and form is not None:
@@ -232,7 +232,7 @@ def _as_native(model: nn.Module) -> nn.Module:
         native = NATIVE[kind]({**values, "model_type": kind})
     plan: PrunePlan | None = getattr(model, "prune_plan", None)
     if adapter.form == "compact" and plan is not None:
-        _lay_out_compact(native, plan)
+        lay_out_compact(native, plan)
     tensors = {k: v for k, v in model.state_dict().items() if k in native.state_dict()}
     attentions = [name for name, m in native.named_modules() if isinstance(m, SinkPrunedAttention)]
     packed: dict[str, nn.Module] = {}
@@ -257,7 +257,7 @@ def _as_native(model: nn.Module) -> nn.Module:
     return native
 
 
-def _lay_out_compact(model: nn.Module, plan: PrunePlan) -> None:
+def lay_out_compact(model: nn.Module, plan: PrunePlan) -> None:
     """Make a dense model on ``meta`` compact, with the biases that its repair added."""
     if "repair" in plan.details:
         add_biases(adapter_for(model), plan)

@@ -87,3 +87,31 @@ def _adds_bos(described: dict[str, Any]) -> bool:
     """Whether encoding puts a token before the text."""
     single = (described.get("post_processor") or {}).get("single") or []
     return bool(single) and "SpecialToken" in single[0]
+
+
+def read_tokenizer(keys: dict[str, Any]) -> Any:
+    """The tokenizer of a GGUF file's keys, or None where it has none that is known here."""
+    names = {name: pattern for pattern, name in PRE_TOKENIZERS.items()}
+    pre = keys.get("tokenizer.ggml.pre")
+    if keys.get("tokenizer.ggml.model") != "gpt2" or pre not in names:
+        return None
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    normal = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+    merges = [tuple(merge.split(" ", 1)) for merge in keys["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(normal, merges, ignore_merges=pre == "llama-bpe"))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not names[pre])
+    cut = [pre_tokenizers.Split(Regex(names[pre]), "isolated")] if names[pre] else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cut, level]) if cut else level
+    tokenizer.decoder = decoders.ByteLevel()
+    added = [(tokens[i], kind) for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)]
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t, kind in added if kind == CONTROL])
+    tokenizer.add_tokens([AddedToken(t) for t, kind in added if kind == USER_DEFINED])
+    named = {
+        f"{role}_token": tokens[keys[key]]
+        for role, name in _ROLES.items()
+        if (key := f"tokenizer.ggml.{name}_token_id") in keys
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)

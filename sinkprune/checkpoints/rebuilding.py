@@ -1,0 +1,105 @@
+"""A model again from the config it was dense with, its plan, and tensors under the names of a smaller dense one."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sinkprune.adapters import adapter_for
+from sinkprune.checkpoint import NATIVE, lay_out_compact
+from sinkprune.checkpoints.trees import LLADA, LLAMA, Tree
+from sinkprune.models.transformers_native import is_transformers_native, lay_out
+from sinkprune.modules import CompactMLP, SinkPrunedAttention
+from sinkprune.planning import PrunePlan
+from sinkprune.repacking import mark
+
+
+def rebuilt(
+    config: dict[str, Any],
+    plan: PrunePlan | None,
+    tensors: dict[str, Tensor],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model, compact where there is a plan, in evaluation mode.
+
+    Args:
+        config: ``config.json`` of the dense model, of a native family or a class of transformers.
+        plan: what was kept of it; None for a dense model.
+        tensors: by published name, as ``trees.trim`` gives them; a tied head may be missing.
+        device, dtype: of the parameters; dtype None keeps the tensors'.
+
+    Raises:
+        ValueError: a plan for another geometry, or tensors that are missing, unexpected or misshapen.
+    """
+    native = NATIVE.get(str(config.get("model_type")))
+    if native is None:
+        model = lay_out(config)
+    else:
+        with torch.device("meta"):
+            model = native(config)
+    if plan is not None:
+        if plan.geometry != adapter_for(model).geometry():
+            raise ValueError("the plan does not fit the config that comes with it")
+        lay_out_compact(model, plan)
+    tree = LLADA if any(name.startswith(LLADA.embedding) for name in tensors) else LLAMA
+    found = _packed(model, tree, tensors)
+    wanted = model.state_dict()
+    if tree.head + ".weight" in wanted and tree.head + ".weight" not in found:
+        found[tree.head + ".weight"] = found[tree.embedding + ".weight"]
+    unexpected, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
+    if unexpected or missing:
+        raise ValueError(
+            f"{len(unexpected)} unexpected tensors ({', '.join(unexpected[:3])}), {len(missing)} missing "
+            f"({', '.join(missing[:3])})"
+        )
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"{name} must have shape {tuple(wanted[name].shape)}, got {tuple(tensor.shape)}")
+    model.load_state_dict({k: t.to(device, dtype) for k, t in found.items()}, assign=True)
+    if is_transformers_native(model):
+        cast(Any, model).tie_weights()
+    for module in model.modules():  # indices were laid out on the CPU
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                setattr(module, name, buffer.to(device))
+    if plan is not None:
+        mark(model, plan, "compact")
+    return model.eval()
+
+
+def _packed(model: nn.Module, tree: Tree, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with those of compact modules packed as these hold them."""
+    found = dict(tensors)
+    for path, module in model.named_modules():
+        if not isinstance(module, (SinkPrunedAttention, CompactMLP)):
+            continue
+        block = path.rpartition(".")[0]
+        attention = isinstance(module, SinkPrunedAttention)
+        fused, single = (("attn_q", "attn_k", "attn_v"), "attn_output") if attention else (
+            ("ffn_gate", "ffn_up"), "ffn_down",
+        )  # fmt: skip
+        names = ("qkv_proj", "o_proj") if attention else ("gate_up_proj", "down_proj")
+        for kind in ("weight", "bias"):
+            parts = [found.pop(f"{block}.{tree.parts[part]}.{kind}", None) for part in fused]
+            pieces = [part for part in parts if part is not None]
+            if pieces:
+                found[f"{path}.{names[0]}.{kind}"] = torch.cat(pieces)
+            last = found.pop(f"{block}.{tree.parts[single]}.{kind}", None)
+            if last is not None:
+                found[f"{path}.{names[1]}.{kind}"] = last
+        if isinstance(module, SinkPrunedAttention):
+            for part, name in (("attn_q_norm", "q_norm"), ("attn_k_norm", "k_norm")):
+                norm = found.pop(f"{block}.{tree.parts[part]}.weight", None)
+                if norm is not None:
+                    found[f"{path}.{name}.weight"] = norm
+            if module.num_heads == 0:  # a file need not hold what is empty
+                for name in ("qkv_proj.weight", "o_proj.weight"):
+                    shell = module.get_parameter(name)
+                    found.setdefault(f"{path}.{name}", torch.empty(shell.shape))
+                norm = f"{block}.{tree.parts['attn_norm']}.weight"  # before nothing
+                found.setdefault(norm, torch.ones(model.get_parameter(norm).shape))
+    return found
