@@ -69,6 +69,7 @@ class Target:
         equal: whether all layers must keep as many query heads, key/value heads and channels.
         form: what is written for it: ``"gguf"`` or ``"hf"``.
         biases: whether biases that the family's published form does not have are computed.
+        own_config: whether it knows the family by its own config alone, which must then say what is left.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Target:
     equal: bool
     form: str = "hf"
     biases: bool = False
+    own_config: bool = False
     notes: str = ""
 
 
@@ -109,6 +111,7 @@ TARGETS = {
             RULES_ONLY,
             ("llada2_moe", "sdar"),
             equal=True,
+            own_config=True,
             notes="skips a bias that it does not expect in silence; reads head_dim from the config",
         ),
         Target(
@@ -120,7 +123,9 @@ TARGETS = {
             biases=True,
             notes="takes the number of query heads from the whole config",
         ),
-        Target("lmdeploy", "0.18", RULES_ONLY, ("sdar",), equal=True, notes="fails on a bias it does not expect"),
+        Target(
+            "lmdeploy", "0.18", RULES_ONLY, ("sdar",), equal=True, notes="fails on a bias it does not expect"
+        ),
     )
 }
 

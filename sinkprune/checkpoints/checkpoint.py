@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
 from sinkprune.adapters.live import LiveAdapter
+from sinkprune.checkpoints import side_files
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE
 from sinkprune.models.transformers_native import (
@@ -38,6 +39,7 @@ from sinkprune.version import __version__
 MANIFEST = "sinkprune.json"
 MANIFEST_SCHEMA = 1
 INDEX = "model.safetensors.index.json"
+TRIMMED = "sinkprune_trimmed"  # the model_type of exports whose layers differ
 SHARD_BYTES = 4 * 10**9
 
 
@@ -49,7 +51,7 @@ def load(
     Args:
         source: ``"tiny"`` for the embedded model, or a local folder with ``config.json`` and safetensors: a
             published checkpoint (sharded with an index, or one file) of a native family or of a transformers
-            class, or one written by ``save``.
+            class, or one written by ``save`` or ``export``; or a ``.gguf`` file (``gguf_reading.read_gguf``).
         device: where the tensors go, straight from the file.
         dtype: floating type of the parameters; None keeps the file's.
 
@@ -60,12 +62,29 @@ def load(
         FileNotFoundError: no such folder or file.
         ValueError: an unknown model type, missing, unexpected or misshapen tensors, or a damaged checkpoint.
     """
+    if str(source).endswith(".gguf"):
+        from sinkprune.checkpoints.gguf_reading import read_gguf
+
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"{source} is missing")
+        return read_gguf(Path(source), device=device, dtype=dtype)
     folder = folder_of(source)
+    model = _load(folder, device, dtype)
+    model.loaded_from = str(folder)  # type: ignore[assignment]
+    return model, _load_tokenizer(folder)
+
+
+def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a folder, in evaluation mode."""
     config = read_json(folder / "config.json")
+    if config.get("model_type") == TRIMMED:
+        from sinkprune.checkpoints.rebuilding import read_trimmed
+
+        return read_trimmed(folder, config, device=device, dtype=dtype)
     manifest = _read_manifest(folder)
     if config.get("model_type") not in NATIVE and manifest is None:
         _check_known(folder, config)
-        return load_published(folder, config, dtype).to(device).eval(), _load_tokenizer(folder)
+        return load_published(folder, config, dtype).to(device).eval()
     model = lay_out_folder(folder, config)
     plan = form = None
     if manifest is not None and manifest["form"] != "dense":
@@ -74,7 +93,7 @@ def load(
             raise ValueError(f"{folder}: the plan in {MANIFEST} does not fit config.json")
         if form == "compact":
             lay_out_compact(model, plan)
-    _fill(model, _weight_files(folder), torch.device(device), dtype)
+    _fill(model, weight_files(folder), torch.device(device), dtype)
     model.eval()
     if plan is not None and form is not None:
         if form == "mask":  # the manifest vouches for the weights, whose fingerprint another dtype may change
@@ -82,7 +101,7 @@ def load(
         mark(model, plan, form)
     if manifest is not None and manifest.get("sparsity") is not None:
         model.sparsity = Sparsity.from_dict(manifest["sparsity"])  # type: ignore[assignment]
-    return model, _load_tokenizer(folder)
+    return model
 
 
 def save(
@@ -109,7 +128,7 @@ def save(
     """
     folder = Path(folder)
     sparsity: Sparsity | None = getattr(model, "sparsity", None)
-    model = _as_native(model)
+    model = as_native(model)
     config = describe_model(model)
     if folder.exists() and not (overwrite and (folder / MANIFEST).exists()):
         raise FileExistsError(
@@ -120,6 +139,7 @@ def save(
     try:
         names = write_shards(model, part, shard_bytes)
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        side_files.copy(model, part, config, tokenizer=tokenizer is None, missing_ok=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
         adapter = adapter_for(model)
@@ -197,7 +217,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     """Safetensors files and the tensors the index promises in each (None: whatever is there)."""
     if (folder / INDEX).exists():
         promised: dict[Path, list[str] | None] = {}
@@ -214,7 +234,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     raise FileNotFoundError(f"{folder}: expected model.safetensors or {INDEX}")
 
 
-def _as_native(model: nn.Module) -> nn.Module:
+def as_native(model: nn.Module) -> nn.Module:
     """A native model over the tensors of a live upstream object; any other model as it is."""
     try:
         adapter = adapter_for(model)
@@ -253,6 +273,7 @@ def _as_native(model: nn.Module) -> nn.Module:
     for name, module in packed.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in module.state_dict().items()}
     native.load_state_dict(tensors, assign=True)
+    native.loaded_from = side_files.source_of(model)  # type: ignore[assignment]
     mark(native, plan, adapter.form)
     return native
 
@@ -345,12 +366,16 @@ def _tied(model: nn.Module) -> list[list[str]]:
 
 def write_shards(model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:
     """Write the model's tensors as safetensors, with an index where there are several files; their names."""
+    again = {name for names in _tied(model) for name in names[1:]}
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in again}
+    return write_tensors(tensors, folder, shard_bytes)
+
+
+def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:
+    """Write tensors by name as ``write_shards`` does."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    again = {name for names in _tied(model) for name in names[1:]}
-    for name, tensor in model.state_dict().items():
-        if name in again:
-            continue
+    for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0

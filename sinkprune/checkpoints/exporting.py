@@ -1,214 +1,168 @@
-"""A pruned model as an ordinary checkpoint of its own family, for any program that reads the family."""
+"""A pruned model as something that other programs load: an ordinary folder, or a GGUF file."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sinkprune.adapters import Adapter, adapter_for
-from sinkprune.checkpoints.checkpoint import describe_model, write_shards
-from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
-from sinkprune.models.published import NATIVE
-from sinkprune.models.transformers_native import is_transformers_native, lay_out
-from sinkprune.plans import Geometry, PrunePlan
+from sinkprune.adapters import adapter_for
+from sinkprune.checkpoint import as_native, describe_model, write_shards, write_tensors
+from sinkprune.checkpoints import gguf_writing, own_family, ragged, side_files
+from sinkprune.checkpoints.fitting import check_target
+from sinkprune.checkpoints.rebuilding import MANIFEST
+from sinkprune.checkpoints.trees import trim
+from sinkprune.planning import PrunePlan
+from sinkprune.targets import TARGETS, Target
+from sinkprune.version import __version__
 
-# Keys of a config.json: query heads, key/value heads, features of a head, channels
-_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-_LLADA_KEYS = ("n_heads", "n_kv_heads", None, "mlp_hidden_size")  # its heads share d_model
+FORMS = {"hf": "transformers", "gguf": "llama.cpp"}  # what may be asked for beside a target's name
+_DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
-def export(model: nn.Module, folder: str | Path, *, uniform: bool = True, tokenizer: Any = None) -> Path:
-    """Write a compact ``model`` with the tensor names and the config of a smaller dense model of its family.
+def export(
+    model: nn.Module, out: str | Path, *, to: str = "hf", dtype: str | None = None, tokenizer: Any = None
+) -> Path:
+    """Write a compact ``model`` as something that programs without this package load.
 
-    ``sp.load`` reads it, and for a transformers class ``from_pretrained``. The folder appears whole or not at
-    all.
+    It appears whole or not at all. ``sp.load`` reads it back.
 
     Args:
-        model: compact, native or of a transformers class. Every layer keeps the same number of query heads,
-            evenly shared by the same number of key/value heads, and the same number of channels, as
-            ``plan(…, allocation="uniform", whole_groups=True)`` gives where the ratio takes as many groups of
-            every layer.
-        folder: must not exist.
-        uniform: True; other plans have no such form, and ``save`` writes those.
-        tokenizer: saved beside it where given.
+        model: compact, native or of a transformers class, or a live LLaDA, Dream, SDAR or LLaDA2 object; for
+            ``"gguf"`` it may be dense.
+        out: a folder, or for ``"gguf"`` a file; must not exist.
+        to: ``"hf"``: the family's own config of a smaller dense model where that can say what is left (as many
+            heads and channels in every layer), else a modelling file that goes with the checkpoint.
+            ``"gguf"``: one file for llama.cpp. Or the name of a target (``sinkprune.targets.TARGETS``), whose
+            rules are then checked.
+        dtype: of a GGUF file's matrices: ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"``; None = the model's.
+        tokenizer: saved with it; None = a folder gets the tokenizer's files of the folder that the model was
+            loaded from, a GGUF file none.
 
     Raises:
         FileExistsError: something is there.
-        TypeError: a live object of upstream code, or of an unknown class.
-        ValueError: a model that is not compact, a plan that is not uniform (naming the layers), or sizes or a
-            repair's biases that the family's config can't express (naming what it fixes).
+        FileNotFoundError: the config's ``auto_map`` names code that is not where the model was loaded from.
+        TypeError: a live object of upstream code without a native model, or an unknown class.
+        ValueError: an unknown target, a model that is not compact, or one that the target can't hold: the first
+            layer and rule.
     """
-    if not uniform:
-        raise ValueError("only uniform plans have an ordinary form (uniform=True): save() writes any other")
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; choose another path")
+    target = TARGETS.get(FORMS.get(to, to))
+    if target is None:
+        raise ValueError(f"to must be one of {', '.join([*FORMS, *TARGETS])}, got {to!r}")
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another path")
+    if target.form == "gguf":
+        return _write_gguf(model, out, dtype, tokenizer)
+    model = as_native(model)
+    if dtype is not None:
+        raise ValueError(f"dtype is of GGUF files; a folder keeps the model's, got dtype={dtype!r} for {to!r}")
     config = describe_model(model)
     adapter = adapter_for(model)
-    plan: PrunePlan | None = getattr(model, "prune_plan", None)
-    if plan is None or adapter.form != "compact":
+    if adapter.form != "compact" or getattr(model, "prune_plan", None) is None:
         raise ValueError(f"the model is in {adapter.form} form: apply a plan with mode='compact' first")
-    kept = _kept_sizes(plan)
-    _check_uniform(plan, kept)
-    small, config = _lay_out(config, plan, kept)
-    if plan.details.get("repair", {"biases": False}).get("biases", True):
-        _check_biases(adapter_for(small))
-    _fill(small, model, adapter)
-    _write(small, folder, config, tokenizer)
-    return folder
+    if adapter.family not in target.families and to not in FORMS:
+        raise ValueError(f"{target.name} {target.source} runs {', '.join(target.families)}; not {adapter.family}")
+    tensors, smaller_config, code = _folder(model, target, to)
+    _write_folder(model, out, tensors, smaller_config, code, config, target, tokenizer)
+    return out
 
 
-def _kept_sizes(plan: PrunePlan) -> Geometry:
-    """What is left of every layer."""
-    dense = plan.geometry
-    return replace(
-        dense,
-        heads=tuple(len(layer.kept_heads) for layer in plan.layers),
-        kv_heads=tuple(len(dense.kv_heads_used(i, p.kept_heads)) for i, p in enumerate(plan.layers)),
-        channels=tuple(
-            dense.channels[i] if layer.kept_channels is None else len(layer.kept_channels)
-            for i, layer in enumerate(plan.layers)
-        ),
-    )
-
-
-def _check_uniform(plan: PrunePlan, kept: Geometry) -> None:
-    pruned = [i for i, layer in enumerate(plan.layers) if layer.kept_channels is not None]
-    channels = [kept.channels[i] for i in pruned]
-    for what, sizes, layers in (
-        ("query heads", kept.heads, range(kept.num_layers)),
-        ("key/value heads", kept.kv_heads, range(kept.num_layers)),
-        ("channels", channels, pruned),
-    ):
-        for layer, size in zip(layers, sizes, strict=True):
-            if size != sizes[0]:
-                raise ValueError(
-                    f"the plan is not uniform: layer {layers[0]} keeps {sizes[0]} {what} and layer {layer} "
-                    f"{size}; plan with allocation='uniform', whole_groups=True and a ratio that takes as "
-                    "many of every layer, or save() it as it is"
-                )
-    for layer, layer_plan in enumerate(plan.layers):
-        owner = [plan.geometry.kv_head_of(layer)[head] for head in layer_plan.kept_heads]
-        shares = {owner.count(head) for head in owner}
-        if len(shares) != 1:
-            raise ValueError(
-                f"the plan is not uniform: layer {layer} keeps {sorted(shares)} query heads of its key/value "
-                "heads; plan with whole_groups=True, or save() it as it is"
-            )
-
-
-def _lay_out(config: dict[str, Any], plan: PrunePlan, kept: Geometry) -> tuple[nn.Module, dict[str, Any]]:
-    """The smaller dense model on ``meta`` and its config. Raises ``ValueError`` where no config says it."""
-    heads, kv_heads, head_dim, channels = _LLADA_KEYS if "n_heads" in config else _KEYS
-    pruned = [i for i, layer in enumerate(plan.layers) if layer.kept_channels is not None]
-    config = dict(config)
-    if kept.kv_heads != plan.geometry.kv_heads or kept.heads != plan.geometry.heads:
-        config |= {heads: kept.heads[0], kv_heads: kept.kv_heads[0]}
-        config |= {head_dim: kept.head_dim} if head_dim else {}
-    if pruned:
-        config[channels] = kept.channels[pruned[0]]
-    native = NATIVE.get(str(config.get("model_type")))
+def _folder(
+    model: nn.Module, target: Target, to: str
+) -> tuple[nn.Module | dict[str, Tensor], dict[str, Any], bool]:
+    """What to write: a smaller model or its tensors, its config, and whether our modelling file goes with it."""
+    refusal: ValueError | None = None
+    if target.own_config or to == "hf" or side_files.loads_by_itself(model):
+        try:
+            small, config = own_family.smaller(model)
+            return small, config, False
+        except ValueError as error:
+            if target.own_config:
+                raise
+            refusal = error
     try:
-        if native is None:
-            small = lay_out(config)
-        else:
-            with torch.device("meta"):
-                small = native(config)
-        got = adapter_for(small).geometry()
-    except (TypeError, ValueError) as error:
-        raise ValueError(_inexpressible(kept, str(error))) from error
-    if got != kept:
-        reason = (
-            f"its heads would have {got.head_dim} features, its MLPs {sorted(set(got.channels))} channels"
-        )
-        raise ValueError(_inexpressible(kept, reason))
-    return small, config
+        trimmed = trim(model)
+    except TypeError as error:  # no description of its tree: then the family's own config had to say it
+        raise refusal or error from error
+    if to != "hf":
+        check_target(target, trimmed)
+    return ragged.ragged_tensors(trimmed), ragged.ragged_config(trimmed), True
 
 
-def _check_biases(small: Adapter) -> None:
-    """Raise ``ValueError`` where the family's config has no room for the biases of a repair."""
-    linears = small.linears(small.geometry().num_layers - 1)
-    for role in ("o", "down"):
-        if role in linears and linears[role].bias is None:
-            raise ValueError(
-                f"the repair gave the {role} projections biases, which a config of {small.family} can't say: "
-                "apply without repair, or save() it as it is"
-            )
-
-
-def _inexpressible(kept: Geometry, reason: str) -> str:
-    return (
-        f"a config of {kept.family} can't say {kept.heads[0]} query and {kept.kv_heads[0]} key/value heads "
-        f"of {kept.head_dim} features and {sorted(set(kept.channels))} channels: {reason}"
-    )
-
-
-def _fill(small: nn.Module, model: nn.Module, adapter: Adapter) -> None:
-    """Give ``small`` the tensors of the compact ``model``, not copied."""
-    wanted = small.state_dict()
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
-    if not is_transformers_native(model):  # transformers' modules kept their names
-        tensors |= _unpacked(small, adapter)
-    small.load_state_dict(tensors, assign=True)
-    if is_transformers_native(model):
-        cast(Any, small).tie_weights()
-
-
-def _unpacked(small: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The compact layers' tensors under the names of the dense linear modules and norms of ``small``."""
-    target = adapter_for(small)
-    names = {module: name for name, module in small.named_modules()}
-    tensors: dict[str, Tensor] = {}
-    for layer, block in enumerate(adapter.blocks()):
-        linears, weights = target.linears(layer), target.attention_weights(layer)
-        for packed in block.modules():
-            parts: dict[nn.Module, dict[str, Tensor]] = {}
-            if isinstance(packed, SinkPrunedAttention):
-                counts = (packed.num_heads, packed.num_kv_heads, packed.num_kv_heads)
-                fused = packed.qkv_proj.state_dict()
-                if "qkv" in linears:
-                    parts[linears["qkv"]] = fused
-                else:
-                    parts |= _split(fused, [n * packed.head_dim for n in counts], [linears[r] for r in "qkv"])
-                parts[linears["o"]] = packed.o_proj.state_dict()
-                for norm, own in ((weights.q_norm, packed.q_norm), (weights.k_norm, packed.k_norm)):
-                    if norm is not None and own is not None:
-                        parts[norm] = own.state_dict()
-            elif isinstance(packed, CompactMLP):
-                half = [packed.down_proj.in_features] * 2
-                parts |= _split(packed.gate_up_proj.state_dict(), half, [linears["gate"], linears["up"]])
-                parts[linears["down"]] = packed.down_proj.state_dict()
-            for module, found in parts.items():
-                tensors |= {f"{names[module]}.{part}": tensor for part, tensor in found.items()}
-    return tensors
-
-
-def _split(
-    fused: dict[str, Tensor], rows: list[int], modules: list[nn.Module]
-) -> dict[nn.Module, dict[str, Tensor]]:
-    """Weight and bias of each module that a fused matrix was packed from."""
-    pieces = {part: tensor.split(rows) for part, tensor in fused.items()}
-    return {module: {part: p[i] for part, p in pieces.items()} for i, module in enumerate(modules)}
-
-
-def _write(small: nn.Module, folder: Path, config: dict[str, Any], tokenizer: Any) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+def _write_gguf(model: nn.Module, out: Path, dtype: str | None, tokenizer: Any) -> Path:
+    with suppress(TypeError):  # a live object of a family that has no native model is written as it is
+        model = as_native(model)
+    trimmed = trim(model)
+    if dtype is None:
+        dtype = _DTYPES.get(next(iter(trimmed.tensors.values())).dtype, "f32")
+    notes = {"version": __version__, "family": trimmed.family, "source": side_files.name_of(model)}
+    plan: PrunePlan | None = getattr(model, "prune_plan", None)
+    with suppress(TypeError):  # such a file is not read back
+        notes["config"] = gguf_writing.note_of(describe_model(model))
+    if plan is not None:
+        notes["plan"] = gguf_writing.note_of(plan.to_dict())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
+    os.close(handle)
+    part = Path(name)
     try:
-        write_shards(small, part)
+        gguf_writing.write_gguf(trimmed, part, dtype=dtype, tokenizer=tokenizer, notes=notes)
+        part.chmod(0o644)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    return out
+
+
+def _write_folder(
+    model: nn.Module,
+    out: Path,
+    tensors: nn.Module | dict[str, Tensor],
+    config: dict[str, Any],
+    code: bool,
+    dense: dict[str, Any],
+    target: Target,
+    tokenizer: Any,
+) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        write = write_shards if isinstance(tensors, nn.Module) else write_tensors
+        write(tensors, part)  # type: ignore[operator]
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        if code:
+            (part / ragged.MODELLING).write_text(ragged.modelling_file())
+        side_files.copy(model, part, {} if code else config, tokenizer=tokenizer is None)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
+        plan: PrunePlan = model.prune_plan  # type: ignore[assignment]
+        manifest = {
+            "schema": 1,
+            "target": target.name,
+            "sinkprune": __version__,
+            "source": side_files.name_of(model),
+            "family": adapter_for(model).family,
+            "config": dense,
+            "plan": plan.to_dict(),
+            "sha256": {path.name: _sha256(path) for path in sorted(part.iterdir())},
+        }
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         part.chmod(0o755)
-        os.replace(part, folder)
+        os.replace(part, out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

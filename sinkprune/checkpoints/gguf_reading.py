@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sinkprune.checkpoints.gguf_tokenizer import read_tokenizer
 from sinkprune.checkpoints.gguf_writing import gguf_package, halves
 from sinkprune.checkpoints.rebuilding import rebuilt
-from sinkprune.checkpoints.targets import ARCHITECTURES, Architecture
 from sinkprune.checkpoints.trees import LLADA, LLAMA, Tree
 from sinkprune.planning import PrunePlan
+from sinkprune.targets import ARCHITECTURES, Architecture
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -58,10 +58,15 @@ def read_gguf(
         dtype = _DTYPES.get(stored["token_embd.weight"].tensor_type.name, torch.float32)
     head_dim = int(keys[f"{name}.attention.key_length"]) if f"{name}.attention.key_length" in keys else 0
     head_dim = head_dim or int(keys[f"{name}.rope.dimension_count"])
-    tensors = {
-        _published(path, key, tree): _tensor(gguf, tensor, architecture, head_dim).to(dtype)
-        for key, tensor in stored.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    experts: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        found = _tensor(gguf, tensor, architecture, head_dim).to(dtype)
+        if "_exps." in key:
+            experts[key] = found
+        else:
+            tensors[_published(path, key, tree)] = found
+    tensors |= _experts(experts, tree)
     return rebuilt(config, plan, tensors, device=device, dtype=dtype), read_tokenizer(keys)
 
 
@@ -77,6 +82,17 @@ def _published(path: Path, name: str, tree: Tree) -> str:
         if part in tree.parts:
             return tree.name(int(layer), part, kind)
     raise ValueError(f"{path}: tensor {name} is not read")
+
+
+def _experts(stacked: dict[str, Tensor], tree: Tree) -> dict[str, Tensor]:
+    """Experts as transformers' classes hold them: gate and up in one parameter, ``[experts, rows, columns]``."""
+    found: dict[str, Tensor] = {}
+    for name, down in stacked.items():
+        if "ffn_down" in name:
+            gate, up = (stacked[name.replace("ffn_down", part)] for part in ("ffn_gate", "ffn_up"))
+            base = f"{tree.layer.format(name.split('.')[1])}.mlp.experts."
+            found |= {base + "gate_up_proj": torch.cat((gate, up), 1), base + "down_proj": down}
+    return found
 
 
 def _tensor(gguf: Any, stored: Any, architecture: Architecture, head_dim: int) -> Tensor:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from sinkprune.checkpoints.fitting import architecture_for
 from sinkprune.checkpoints.gguf_tokenizer import add_tokenizer
-from sinkprune.checkpoints.targets import ARCHITECTURES, Architecture, why_not
 from sinkprune.checkpoints.trees import Trimmed, experts_of
+from sinkprune.targets import Architecture
 
 if TYPE_CHECKING:
     import gguf
@@ -19,41 +20,25 @@ if TYPE_CHECKING:
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 Q8_ROW = 32  # values of a Q8_0 block, which a row must be a multiple of
 
-# Architectures to try, the family's own first.
-CANDIDATES = {
-    "llada": ("llada", "deci"),
-    "dream": ("dream", "deci"),
-    "sdar": ("qwen3",),
-    "llada_moe": ("llada-moe",),
-}
-BIDIRECTIONAL = ("llada", "dream", "rnd1", "qwen3", "deci")  # of transformers' decoders
-
 
 def gguf_package() -> Any:
     """The ``gguf`` package. Raises ``ValueError`` saying how to get it."""
     try:
         import gguf
     except ImportError as error:
-        raise ValueError(f"GGUF files need the gguf package: pip install 'sinkprune[export]' ({error})") from error
+        raise ValueError(
+            f"GGUF files need the gguf package: pip install 'sinkprune[export]' ({error})"
+        ) from error
     return gguf
 
 
-def architecture_for(trimmed: Trimmed) -> Architecture:
-    """The first architecture that holds ``trimmed``. Raises ``ValueError`` naming for each why it does not."""
-    names = CANDIDATES.get(trimmed.family, BIDIRECTIONAL)
-    if trimmed.family not in CANDIDATES and trimmed.causal:
-        raise ValueError("GGUF is written of diffusion models; this one is causal: convert it with llama.cpp's tools")
-    refused = []
-    for name in names:
-        reason = why_not(ARCHITECTURES[name], trimmed)
-        if reason is None:
-            return ARCHITECTURES[name]
-        refused.append(f"{name}: {reason}")
-    raise ValueError(f"llama.cpp has no architecture for this {trimmed.family} model: {'; '.join(refused)}")
-
-
 def write_gguf(
-    trimmed: Trimmed, path: Path, *, dtype: str = "f32", tokenizer: Any = None, notes: dict[str, str] | None = None
+    trimmed: Trimmed,
+    path: Path,
+    *,
+    dtype: str = "f32",
+    tokenizer: Any = None,
+    notes: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write ``trimmed`` to ``path``, one tensor in memory at a time.
 
@@ -207,5 +192,3 @@ def _nbytes(gguf: Any, shape: tuple[int, ...], stored: Any) -> int:
 def note_of(values: dict[str, Any]) -> str:
     """A note as compact JSON."""
     return json.dumps(values, separators=(",", ":"))
-
-

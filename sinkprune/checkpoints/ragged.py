@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sinkprune.checkpoints.trees import LLAMA, Trimmed
+from sinkprune.checkpoint import TRIMMED
+from sinkprune.checkpoints.trees import LLAMA, Tree, Trimmed
 
-MODEL_TYPE = "sinkprune_trimmed"
 MODELLING = "modeling_trimmed.py"
 
 
@@ -26,7 +26,9 @@ def ragged_config(trimmed: Trimmed) -> dict[str, Any]:
     """
     geometry, layers = trimmed.geometry, range(trimmed.geometry.num_layers)
     if trimmed.experts[0]:
-        raise ValueError(f"{trimmed.family} has experts, which the modelling file for uneven layers does not compute")
+        raise ValueError(
+            f"{trimmed.family} has experts, which the modelling file for uneven layers does not compute"
+        )
     normed = [trimmed.part(i, "attn_q_norm") is not None for i in layers if geometry.heads[i]]
     if len(set(normed)) > 1:
         raise ValueError("some layers norm their queries and keys and others do not")
@@ -40,7 +42,7 @@ def ragged_config(trimmed: Trimmed) -> dict[str, Any]:
     tokens = {f"{role}_token_id": token for role, token in trimmed.tokens.items()}
     return {
         "architectures": ["TrimmedForCausalLM"],
-        "model_type": MODEL_TYPE,
+        "model_type": TRIMMED,
         "auto_map": {
             "AutoConfig": "modeling_trimmed.TrimmedConfig",
             "AutoModel": "modeling_trimmed.TrimmedModel",
@@ -101,4 +103,19 @@ def ragged_tensors(trimmed: Trimmed) -> dict[str, Tensor]:
                 tensor = trimmed.part(layer, part, kind)
                 if tensor is not None:
                     found[LLAMA.name(layer, part, kind)] = tensor
+    return found
+
+
+def published_tensors(tensors: dict[str, Tensor], tree: Tree) -> dict[str, Tensor]:
+    """``ragged_tensors`` undone: the tensors by the names of the family's own tree."""
+    names = {f"{LLAMA.embedding}.": f"{tree.embedding}.", f"{LLAMA.norm}.": f"{tree.norm}.", f"{LLAMA.head}.": f"{tree.head}."}
+    back = {published: part for part, published in LLAMA.parts.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if f"{module}." in names:
+            found[names[f"{module}."] + kind] = tensor
+        else:
+            layer, _, part = module.removeprefix(LLAMA.layer.format("")).partition(".")
+            found[tree.name(int(layer), back[part], kind)] = tensor
     return found

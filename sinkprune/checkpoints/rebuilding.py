@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.checkpoint import NATIVE, lay_out_compact
+from sinkprune.checkpoint import NATIVE, lay_out_compact, read_json, weight_files
+from sinkprune.checkpoints.ragged import published_tensors
 from sinkprune.checkpoints.trees import LLADA, LLAMA, Tree
 from sinkprune.models.transformers_native import is_transformers_native, lay_out
 from sinkprune.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.planning import PrunePlan
 from sinkprune.repacking import mark
+
+MANIFEST = "sinkprune_export.json"  # of an exported folder: where it came from
 
 
 def rebuilt(
@@ -69,6 +74,27 @@ def rebuilt(
     if plan is not None:
         mark(model, plan, "compact")
     return model.eval()
+
+
+def read_trimmed(
+    folder: Path, config: dict[str, Any], *, device: str | torch.device, dtype: torch.dtype | None
+) -> nn.Module:
+    """The compact model of a folder that was exported with our modelling file.
+
+    Raises:
+        ValueError: no manifest of the export beside it, or tensors that do not fit.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {MANIFEST}, which says what the model was before it was pruned")
+    manifest = read_json(path)
+    tree = LLADA if manifest["config"].get("model_type") == "llada" else LLAMA
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as handle:
+            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}
+    plan = PrunePlan.from_dict(manifest["plan"])
+    return rebuilt(manifest["config"], plan, published_tensors(tensors, tree), device=device, dtype=dtype)
 
 
 def _packed(model: nn.Module, tree: Tree, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

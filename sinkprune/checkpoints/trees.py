@@ -115,7 +115,7 @@ def trim(model: nn.Module) -> Trimmed:
         raise ValueError("the model is in mask form: apply the plan with mode='compact' first")
     tensors = _unpacked(model)
     tree = next((t for t in (LLADA, LLAMA) if f"{t.embedding}.weight" in tensors), None)
-    if tree is None or tree.name(0, "attn_q") not in tensors and tree.name(0, "attn_norm") not in tensors:
+    if tree is None or (tree.name(0, "attn_q") not in tensors and tree.name(0, "attn_norm") not in tensors):
         raise TypeError(f"no description of the tensors of a {type(model).__name__}, so nothing was exported")
     config: Any = model.config
     _refuse(config, tensors)

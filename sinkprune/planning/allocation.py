@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sinkprune.plans import Geometry, layer_work
 
-ALLOCATIONS = ("global", "uniform")
+ALLOCATIONS = ("global", "uniform", "equal")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Rules:
     """How units may be removed.
 
     Attributes:
-        allocation: ``"global"`` ranks all layers' units together, ``"uniform"`` takes the same share of each.
+        allocation: ``"global"`` ranks all layers' units together, ``"uniform"`` takes the same share of each,
+            ``"equal"`` as many of each, exactly.
         min_heads: fewest query heads (or groups, with ``whole_groups``) that a layer keeps.
         max_layer_share: most of a layer's heads, and of its channels, that may go.
         round_heads, round_channels: a layer that loses any keeps a multiple of these.
@@ -80,6 +81,8 @@ def remove_heads(
 
     The budget counts query heads with ``length=None``, else ``layer_work`` at that length (0: parameters).
     """
+    if allocation == "equal":
+        return _equally(geometry, units, budget, length)
     if allocation == "global":
         order = sorted((u for layer in units for u in layer), key=lambda u: (u.score, u.layer, u.heads))
     else:  # the k-th weakest unit of every layer before the (k+1)-th of any
@@ -98,6 +101,25 @@ def remove_heads(
             break
         kept[unit.layer] = left
         spent += cost
+    return [sorted(heads) for heads in kept]
+
+
+def _equally(
+    geometry: Geometry, units: list[list[Unit]], budget: float, length: int | None
+) -> list[list[int]]:
+    """As many of every layer's weakest units, until ``budget`` is met to the nearest."""
+    every = [set(range(heads)) for heads in geometry.heads]
+    kept, spent = every, 0.0
+    for count in range(1, min(map(len, units), default=0) + 1):
+        gone = [{head for unit in layer[:count] for head in unit.heads} for layer in units]
+        left = [heads - removed for heads, removed in zip(every, gone, strict=True)]
+        if length is None:
+            total = float(sum(map(len, gone)))
+        else:
+            total = float(_removed(geometry, [sorted(heads) for heads in left], length))
+        if (spent + total) / 2 > budget:
+            break
+        kept, spent = left, total
     return [sorted(heads) for heads in kept]
 
 

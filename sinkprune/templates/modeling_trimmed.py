@@ -55,9 +55,7 @@ class NoAttention(nn.Module):
         self.o_proj = nn.Linear(0, hidden, bias=biased)
         self.index = index
 
-    def forward(
-        self, hidden_states: Tensor, past_key_values: Any = None, **keys: Any
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, past_key_values: Any = None, **keys: Any) -> tuple[Tensor, None]:
         if past_key_values is not None:  # a cache counts its tokens by those of its first layer
             token = hidden_states.new_zeros(*hidden_states.shape[:2], 1)[:, None]
             past_key_values.update(token, token, self.index)

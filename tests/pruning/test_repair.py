@@ -327,7 +327,11 @@ def test_a_checkpoint_from_before_repairs_without_biases_still_loads(tmp_path):
     model, rows = toy(), rows_of(6)
     sp.apply(model, manual_plan(model, KEPT), calibration=rows, repair="least_squares_bias")
     expected = logits(model, rows)
-    model.prune_plan.details["repair"] = {"method": "least_squares", "rows": 6, "length": 12}  # as it was noted
+    model.prune_plan.details["repair"] = {
+        "method": "least_squares",
+        "rows": 6,
+        "length": 12,
+    }  # as it was noted
     back, _ = sp.load(sp.save(model, tmp_path / "m"))
     torch.testing.assert_close(logits(back, rows), expected, atol=2e-5, rtol=1e-4)
 
@@ -406,7 +410,10 @@ def alike_rows():
 
 
 def test_rows_that_are_all_alike_leave_a_repair_about_as_good_as_none():
-    unseen, plan = rows_of(24, 12, padded=False, seed=8), manual_plan(toy(), [[0, 1, 3], [0, 2, 3], [1, 2, 3]])
+    unseen, plan = (
+        rows_of(24, 12, padded=False, seed=8),
+        manual_plan(toy(), [[0, 1, 3], [0, 2, 3], [1, 2, 3]]),
+    )
     goal = logits(toy(), unseen)
     without = (logits(sp.apply(toy(), plan), unseen) - goal).square().mean()
     after = (logits(sp.apply(toy(), plan, calibration=alike_rows()), unseen) - goal).square().mean()

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: no llama.cpp to load exports")
+xllamacpp = pytest.importorskip(
+    "xllamacpp", reason="xllamacpp is not installed: no llama.cpp to load exports"
+)
 
 
 class _Parameters(C.Structure):
@@ -35,7 +37,12 @@ class _Batch(C.Structure):
 
 
 _LOG = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)
-_POINTERS = ("llama_model_load_from_file", "llama_init_from_model", "llama_model_get_vocab", "llama_get_memory")
+_POINTERS = (
+    "llama_model_load_from_file",
+    "llama_init_from_model",
+    "llama_model_get_vocab",
+    "llama_get_memory",
+)
 # Offsets of llama_context_params in the pinned wheel (build 11549), checked against its defaults below.
 _N_CTX, _N_BATCH, _N_UBATCH, _FLASH, _TYPE_K, _TYPE_V = 0, 4, 8, 52, 104, 108
 _F32, _F16 = 0, 1
@@ -77,7 +84,9 @@ class LlamaCpp:
         global _lib
         _lib = _lib or _library()
         _messages.clear()
-        self.model = C.c_void_p(_lib.llama_model_load_from_file(str(path).encode(), _lib.llama_model_default_params()))
+        self.model = C.c_void_p(
+            _lib.llama_model_load_from_file(str(path).encode(), _lib.llama_model_default_params())
+        )
         if not self.model:
             raise RuntimeError("llama.cpp: " + "".join(_messages)[-600:])
         self.vocab = C.c_void_p(_lib.llama_model_get_vocab(self.model))
@@ -85,7 +94,11 @@ class LlamaCpp:
         self.mask_token = _lib.llama_vocab_mask(self.vocab)
         self.is_diffusion = _lib.llama_model_is_diffusion(self.model)
         parameters = _lib.llama_context_default_params()
-        assert (parameters.get(_N_CTX), parameters.get(_N_BATCH), parameters.get(_N_UBATCH)) == (512, 2048, 512)
+        assert (parameters.get(_N_CTX), parameters.get(_N_BATCH), parameters.get(_N_UBATCH)) == (
+            512,
+            2048,
+            512,
+        )
         assert (parameters.get(_TYPE_K), parameters.get(_TYPE_V), parameters.get(_FLASH)) == (_F16, _F16, -1)
         for offset in (_N_CTX, _N_BATCH, _N_UBATCH):
             parameters.put(offset, context)
@@ -106,7 +119,11 @@ class LlamaCpp:
 
     def metadata(self, key):
         text = C.create_string_buffer(4096)
-        return text.value.decode() if _lib.llama_model_meta_val_str(self.model, key.encode(), text, 4096) >= 0 else None
+        return (
+            text.value.decode()
+            if _lib.llama_model_meta_val_str(self.model, key.encode(), text, 4096) >= 0
+            else None
+        )
 
     def tokenize(self, text, special=False):
         data, room = text.encode(), (C.c_int32 * (4 * len(text.encode()) + 8))()

@@ -1,0 +1,170 @@
+"""A uniform plan's model as an ordinary checkpoint of its own family: the config of a smaller dense one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sinkprune.adapters import Adapter, Geometry, adapter_for
+from sinkprune.checkpoint import NATIVE, describe_model
+from sinkprune.models.transformers_native import is_transformers_native, lay_out
+from sinkprune.modules import CompactMLP, SinkPrunedAttention
+from sinkprune.planning import PrunePlan
+
+# Keys of a config.json: query heads, key/value heads, features of a head, channels
+_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+_LLADA_KEYS = ("n_heads", "n_kv_heads", None, "mlp_hidden_size")  # its heads share d_model
+
+
+def smaller(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The dense model that a compact ``model`` equals, over its tensors, and its config.
+
+    Raises:
+        ValueError: a plan that is not uniform (naming the layers), or sizes or a repair's biases that the
+            family's config can't express (naming what it fixes).
+    """
+    config, adapter = describe_model(model), adapter_for(model)
+    plan: PrunePlan = model.prune_plan  # type: ignore[assignment]
+    kept = _kept_sizes(plan)
+    _check_uniform(plan, kept)
+    small, config = _lay_out(config, plan, kept)
+    if plan.details.get("repair", {"biases": False}).get("biases", True):
+        _check_biases(adapter_for(small))
+    _fill(small, model, adapter)
+    return small, config
+
+
+def _kept_sizes(plan: PrunePlan) -> Geometry:
+    """What is left of every layer."""
+    dense = plan.geometry
+    return replace(
+        dense,
+        heads=tuple(len(layer.kept_heads) for layer in plan.layers),
+        kv_heads=tuple(len(dense.kv_heads_used(i, p.kept_heads)) for i, p in enumerate(plan.layers)),
+        channels=tuple(
+            dense.channels[i] if layer.kept_channels is None else len(layer.kept_channels)
+            for i, layer in enumerate(plan.layers)
+        ),
+    )
+
+
+def _check_uniform(plan: PrunePlan, kept: Geometry) -> None:
+    pruned = [i for i, layer in enumerate(plan.layers) if layer.kept_channels is not None]
+    channels = [kept.channels[i] for i in pruned]
+    for what, sizes, layers in (
+        ("query heads", kept.heads, range(kept.num_layers)),
+        ("key/value heads", kept.kv_heads, range(kept.num_layers)),
+        ("channels", channels, pruned),
+    ):
+        for layer, size in zip(layers, sizes, strict=True):
+            if size != sizes[0]:
+                raise ValueError(
+                    f"the plan is not uniform: layer {layers[0]} keeps {sizes[0]} {what} and layer {layer} "
+                    f"{size}; plan with allocation='uniform', whole_groups=True and a ratio that takes as "
+                    "many of every layer, or save() it as it is"
+                )
+    for layer, layer_plan in enumerate(plan.layers):
+        owner = [plan.geometry.kv_head_of(layer)[head] for head in layer_plan.kept_heads]
+        shares = {owner.count(head) for head in owner}
+        if len(shares) != 1:
+            raise ValueError(
+                f"the plan is not uniform: layer {layer} keeps {sorted(shares)} query heads of its key/value "
+                "heads; plan with whole_groups=True, or save() it as it is"
+            )
+
+
+def _lay_out(config: dict[str, Any], plan: PrunePlan, kept: Geometry) -> tuple[nn.Module, dict[str, Any]]:
+    """The smaller dense model on ``meta`` and its config. Raises ``ValueError`` where no config says it."""
+    heads, kv_heads, head_dim, channels = _LLADA_KEYS if "n_heads" in config else _KEYS
+    pruned = [i for i, layer in enumerate(plan.layers) if layer.kept_channels is not None]
+    config = dict(config)
+    if kept.kv_heads != plan.geometry.kv_heads or kept.heads != plan.geometry.heads:
+        config |= {heads: kept.heads[0], kv_heads: kept.kv_heads[0]}
+        config |= {head_dim: kept.head_dim} if head_dim else {}
+    if pruned:
+        config[channels] = kept.channels[pruned[0]]
+    native = NATIVE.get(str(config.get("model_type")))
+    try:
+        if native is None:
+            small = lay_out(config)
+        else:
+            with torch.device("meta"):
+                small = native(config)
+        got = adapter_for(small).geometry()
+    except (TypeError, ValueError) as error:
+        raise ValueError(_inexpressible(kept, str(error))) from error
+    if got != kept:
+        reason = (
+            f"its heads would have {got.head_dim} features, its MLPs {sorted(set(got.channels))} channels"
+        )
+        raise ValueError(_inexpressible(kept, reason))
+    return small, config
+
+
+def _check_biases(small: Adapter) -> None:
+    """Raise ``ValueError`` where the family's config has no room for the biases of a repair."""
+    linears = small.linears(small.geometry().num_layers - 1)
+    for role in ("o", "down"):
+        if role in linears and linears[role].bias is None:
+            raise ValueError(
+                f"the repair gave the {role} projections biases, which a config of {small.family} can't say: "
+                "apply without repair, or save() it as it is"
+            )
+
+
+def _inexpressible(kept: Geometry, reason: str) -> str:
+    return (
+        f"a config of {kept.family} can't say {kept.heads[0]} query and {kept.kv_heads[0]} key/value heads "
+        f"of {kept.head_dim} features and {sorted(set(kept.channels))} channels: {reason}"
+    )
+
+
+def _fill(small: nn.Module, model: nn.Module, adapter: Adapter) -> None:
+    """Give ``small`` the tensors of the compact ``model``, not copied."""
+    wanted = small.state_dict()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
+    if not is_transformers_native(model):  # transformers' modules kept their names
+        tensors |= _unpacked(small, adapter)
+    small.load_state_dict(tensors, assign=True)
+    if is_transformers_native(model):
+        cast(Any, small).tie_weights()
+
+
+def _unpacked(small: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The compact layers' tensors under the names of the dense linear modules and norms of ``small``."""
+    target = adapter_for(small)
+    names = {module: name for name, module in small.named_modules()}
+    tensors: dict[str, Tensor] = {}
+    for layer, block in enumerate(adapter.blocks()):
+        linears, weights = target.linears(layer), target.attention_weights(layer)
+        for packed in block.modules():
+            parts: dict[nn.Module, dict[str, Tensor]] = {}
+            if isinstance(packed, SinkPrunedAttention):
+                counts = (packed.num_heads, packed.num_kv_heads, packed.num_kv_heads)
+                fused = packed.qkv_proj.state_dict()
+                if "qkv" in linears:
+                    parts[linears["qkv"]] = fused
+                else:
+                    parts |= _split(fused, [n * packed.head_dim for n in counts], [linears[r] for r in "qkv"])
+                parts[linears["o"]] = packed.o_proj.state_dict()
+                for norm, own in ((weights.q_norm, packed.q_norm), (weights.k_norm, packed.k_norm)):
+                    if norm is not None and own is not None:
+                        parts[norm] = own.state_dict()
+            elif isinstance(packed, CompactMLP):
+                half = [packed.down_proj.in_features] * 2
+                parts |= _split(packed.gate_up_proj.state_dict(), half, [linears["gate"], linears["up"]])
+                parts[linears["down"]] = packed.down_proj.state_dict()
+            for module, found in parts.items():
+                tensors |= {f"{names[module]}.{part}": tensor for part, tensor in found.items()}
+    return tensors
+
+
+def _split(
+    fused: dict[str, Tensor], rows: list[int], modules: list[nn.Module]
+) -> dict[nn.Module, dict[str, Tensor]]:
+    """Weight and bias of each module that a fused matrix was packed from."""
+    pieces = {part: tensor.split(rows) for part, tensor in fused.items()}
+    return {module: {part: p[i] for part, p in pieces.items()} for i, module in enumerate(modules)}
