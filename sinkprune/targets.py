@@ -124,7 +124,13 @@ TARGETS = {
             notes="takes the number of query heads from the whole config",
         ),
         Target(
-            "lmdeploy", "0.18", RULES_ONLY, ("sdar",), equal=True, notes="fails on a bias it does not expect"
+            "lmdeploy",
+            "0.18",
+            RULES_ONLY,
+            ("sdar",),
+            equal=True,
+            own_config=True,
+            notes="fails on a bias that it does not expect",
         ),
     )
 }
@@ -154,7 +160,8 @@ def fit_for(spec: str, family: str) -> Fit:
     Args:
         spec: the target's name; settings may follow: ``"sglang:tp=4"`` for four tensor-parallel ranks, by which heads,
             groups and channels must divide; ``"llama.cpp:rows=32"`` for what rows of the down projection are a
-            multiple of (default 256, as K-quants want; Q8_0 wants 32).
+            multiple of (default 256, as K-quants want; Q8_0 wants 32), ``"llama.cpp:arch=deci"`` for another of
+            the family's architectures than its own.
 
     Raises:
         ValueError: an unknown target or setting, or a family that the target does not run.
@@ -163,22 +170,29 @@ def fit_for(spec: str, family: str) -> Fit:
     if name not in TARGETS:
         raise ValueError(f"fit must be one of {', '.join(TARGETS)}, got {name!r}")
     target = TARGETS[name]
-    settings = {"tp": 1, "rows": 256 if target.form == "gguf" else 1}
+    if family not in target.families:
+        raise ValueError(
+            f"{name} {target.source} runs {', '.join(target.families)}; it has nothing for {family}"
+        )
+    gguf = target.form == "gguf"
+    settings = {"tp": 1, "rows": 256 if gguf else 1}
+    wanted = None
     for setting in rest.split(",") if rest else ():
         key, _, value = setting.partition("=")
-        if key not in settings or not value.isdigit() or int(value) < 1:
-            raise ValueError(f"fit {name} takes tp=N and rows=N with N of at least 1, got {setting!r}")
-        settings[key] = int(value)
-    if family not in target.families:
-        known = ", ".join(target.families)
-        raise ValueError(f"{name} {target.source} runs {known}; it has nothing for {family}")
-    heads, equal = "", target.equal
-    label = name
-    if target.form == "gguf" and family != DECODER:
-        able = [a for a in GGUF_FAMILIES[family] if ARCHITECTURES[a].free_width]
-        if not able:
-            heads = f"its {GGUF_FAMILIES[family][0]} wants heads side by side as wide as the hidden states"
+        if key == "arch" and gguf and value in GGUF_FAMILIES[family]:
+            wanted = value
+        elif key in settings and value.isdigit() and int(value) > 0:
+            settings[key] = int(value)
         else:
-            equal, label = not ARCHITECTURES[able[0]].ragged, f"{name} ({able[0]})"
+            also = f", and arch={'|'.join(GGUF_FAMILIES[family])}" if gguf else ""
+            raise ValueError(f"fit {name} takes tp=N and rows=N, N at least 1{also}; got {setting!r}")
     width = settings["rows"] * settings["tp"]
-    return Fit(label, heads, equal, settings["tp"], width)
+    if not gguf or (family == DECODER and wanted is None):
+        return Fit(name, "", target.equal, settings["tp"], width)
+    able = [a for a in GGUF_FAMILIES[family] if ARCHITECTURES[a].free_width and wanted in (None, a)]
+    if not able:
+        named = wanted or GGUF_FAMILIES[family][0]
+        refusal = f"its {named} wants heads side by side as wide as the hidden states"
+        return Fit(f"{name} ({named})", refusal, True, settings["tp"], width)
+    equal = not ARCHITECTURES[able[0]].ragged
+    return Fit(f"{name} ({able[0]})", "", equal, settings["tp"], width)

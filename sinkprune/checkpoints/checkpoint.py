@@ -51,7 +51,7 @@ def load(
     Args:
         source: ``"tiny"`` for the embedded model, or a local folder with ``config.json`` and safetensors: a
             published checkpoint (sharded with an index, or one file) of a native family or of a transformers
-            class, or one written by ``save`` or ``export``; or a ``.gguf`` file (``gguf_reading.read_gguf``).
+            class, or one written by ``save`` or ``export``; or a GGUF file (``gguf_reading.read_gguf``).
         device: where the tensors go, straight from the file.
         dtype: floating type of the parameters; None keeps the file's.
 
@@ -62,7 +62,7 @@ def load(
         FileNotFoundError: no such folder or file.
         ValueError: an unknown model type, missing, unexpected or misshapen tensors, or a damaged checkpoint.
     """
-    if str(source).endswith(".gguf"):
+    if str(source).endswith(".gguf") or Path(source).is_file():
         from sinkprune.checkpoints.gguf_reading import read_gguf
 
         if not Path(source).is_file():

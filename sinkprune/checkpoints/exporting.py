@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.checkpoint import as_native, describe_model, write_shards, write_tensors
+from sinkprune.checkpoints.checkpoint import as_native, describe_model, write_shards, write_tensors
 from sinkprune.checkpoints import gguf_writing, own_family, ragged, side_files
 from sinkprune.checkpoints.fitting import check_target
 from sinkprune.checkpoints.rebuilding import MANIFEST
 from sinkprune.checkpoints.trees import trim
-from sinkprune.planning import PrunePlan
+from sinkprune.plans import PrunePlan
 from sinkprune.targets import TARGETS, Target
 from sinkprune.version import __version__
 

@@ -13,7 +13,7 @@ from sinkprune.checkpoints.gguf_tokenizer import read_tokenizer
 from sinkprune.checkpoints.gguf_writing import gguf_package, halves
 from sinkprune.checkpoints.rebuilding import rebuilt
 from sinkprune.checkpoints.trees import LLADA, LLAMA, Tree
-from sinkprune.planning import PrunePlan
+from sinkprune.plans import PrunePlan
 from sinkprune.targets import ARCHITECTURES, Architecture
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

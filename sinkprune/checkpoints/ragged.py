@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sinkprune.checkpoint import TRIMMED
+from sinkprune.checkpoints.checkpoint import TRIMMED
 from sinkprune.checkpoints.trees import LLAMA, Tree, Trimmed
 
 MODELLING = "modeling_trimmed.py"

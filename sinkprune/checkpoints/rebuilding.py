@@ -10,13 +10,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.checkpoint import NATIVE, lay_out_compact, read_json, weight_files
+from sinkprune.checkpoints.checkpoint import lay_out_compact, read_json, weight_files
+from sinkprune.models.published import NATIVE
 from sinkprune.checkpoints.ragged import published_tensors
 from sinkprune.checkpoints.trees import LLADA, LLAMA, Tree
 from sinkprune.models.transformers_native import is_transformers_native, lay_out
-from sinkprune.modules import CompactMLP, SinkPrunedAttention
-from sinkprune.planning import PrunePlan
-from sinkprune.repacking import mark
+from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
+from sinkprune.plans import PrunePlan
+from sinkprune.plans import mark
 
 MANIFEST = "sinkprune_export.json"  # of an exported folder: where it came from
 

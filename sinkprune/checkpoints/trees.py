@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sinkprune.adapters import Geometry, adapter_for
-from sinkprune.modules import CompactMLP, SinkPrunedAttention
+from sinkprune.adapters import adapter_for
+from sinkprune.plans import Geometry
+from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 
 
 @dataclass(frozen=True)

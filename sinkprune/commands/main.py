@@ -8,10 +8,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from sinkprune.commands import comparing, demo, machine, pruning, quality, sparsifying, writing
+from sinkprune.commands import comparing, demo, exporting, machine, pruning, quality, sparsifying, writing
 from sinkprune.commands.arguments import check_device
 
-GROUPS = (demo, pruning, sparsifying, quality, writing, comparing, machine)  # in the order of --help
+GROUPS = (demo, pruning, exporting, sparsifying, quality, writing, comparing, machine)  # in the order of --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

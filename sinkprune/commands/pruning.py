@@ -72,13 +72,18 @@ def _add_plan(commands: arguments.Commands) -> None:
     sub.add_argument("model", help="tiny, or a local folder")
     sub.add_argument("--profile", help="from 'sinkprune profile', for criteria that need it")
     arguments.add_criterion_flags(sub)
-    sub.add_argument("--allocation", default="global", help="global or uniform (default: %(default)s)")
+    sub.add_argument(
+        "--allocation", default="global", help="global, uniform or equal (default: %(default)s)"
+    )
     sub.add_argument("--min-heads", type=int, default=1, help="fewest a layer keeps (default: %(default)s)")
     sub.add_argument("--max-layer-share", type=float, default=1.0, help="most of a layer that may go")
     sub.add_argument("--round-heads", type=int, default=1, help="keep a multiple of this many per layer")
     sub.add_argument("--round-channels", type=int, default=1, help="the same of MLP channels")
     sub.add_argument("--whole-groups", action="store_true", help="remove whole key/value groups (GQA)")
     sub.add_argument("--whole-layers", action="store_true", help="remove whole layers' attention")
+    sub.add_argument(
+        "--fit", help="a target that shall hold it: llama.cpp, transformers, sglang, vllm or lmdeploy"
+    )
     sub.add_argument("--batch", type=int, default=1, help="of the ceiling printed (default: %(default)s)")
     sub.add_argument("--length", type=int, help="of the ceiling printed, and of a target (default: 1024)")
     sub.add_argument("--target-speedup", type=float, help="instead of --ratio: times faster than dense")
@@ -93,7 +98,7 @@ def _add_plan(commands: arguments.Commands) -> None:
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from sinkprune.checkpoints import checkpoint
     from sinkprune.generation import profiling
-    from sinkprune.planning import costs, hardware
+    from sinkprune.planning import costs, fits, hardware
     from sinkprune.planning import planner as planning
 
     out = arguments.output_file(options.out)
@@ -120,13 +125,15 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         round_channels=options.round_channels,
         whole_groups=options.whole_groups,
         whole_layers=options.whole_layers,
+        fit=options.fit,
         seed=options.seed,
     )
+    fit = fits.cost_text(plan.details["fit"]) + "\n" if options.fit else ""
     ceilings = costs.ceilings(model, plan, options.batch, plan.details["length"], roofs)
     plan.save(out)
     text = (
         f"removes {plan.heads_removed} heads, {100 * plan.parameters_removed:.1f} % of the block parameters\n"
-        f"this plan can give {costs.ceilings_text(ceilings)}\nwrote {out}"
+        f"{fit}this plan can give {costs.ceilings_text(ceilings)}\nwrote {out}"
     )
     return {
         "heads_removed": plan.heads_removed,
@@ -163,7 +170,10 @@ def _add_apply(commands: arguments.Commands) -> None:
     sub.add_argument("model", help="tiny, or a local folder")
     sub.add_argument("--plan", required=True, help="from 'sinkprune plan'")
     sub.add_argument("--mode", default="compact", help="compact or mask (default: %(default)s)")
-    sub.add_argument("--repair", help="least_squares (default for compact), bias or none (default for mask)")
+    sub.add_argument(
+        "--repair",
+        help="least_squares (default for compact), least_squares_bias, bias or none (default for mask)",
+    )
     arguments.add_calibration_flags(sub)
     sub.add_argument("--low-memory", action="store_true", help="layer by layer; can't be rolled back")
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint written before")

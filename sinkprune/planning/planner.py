@@ -22,7 +22,9 @@ from sinkprune.planning.allocation import (
 )
 from sinkprune.planning.channels import NEED_CALIBRATION, channel_scores, check_channel_rule
 from sinkprune.planning.criteria import HeadCriterion, criterion_for
+from sinkprune.planning.fits import cost, fitted
 from sinkprune.plans import LayerPlan, PrunePlan
+from sinkprune.targets import fit_for
 
 if TYPE_CHECKING:
     from sinkprune.evidence.calibration import Calibration
@@ -55,6 +57,7 @@ def plan(
     round_channels: int = 1,
     whole_groups: bool = False,
     whole_layers: bool = False,
+    fit: str | None = None,
     seed: int = 0,
 ) -> PrunePlan:
     """Decide what to remove from ``model``.
@@ -78,17 +81,22 @@ def plan(
             neither: counts are chosen where time falls, at the least loss (``latency_planning``).
         latency_table: of this model's sizes (``sp.measured_table``, ``sp.computed_table``).
         allocation: ``"global"`` ranks all layers' heads together, ``"uniform"`` takes the same share of each
-            layer. Channels go uniformly.
+            layer, to the nearest unit of the whole budget, ``"equal"`` exactly as many heads of each. Channels
+            go uniformly.
         min_heads: fewest query heads (or groups, with ``whole_groups``) a layer keeps; 0 allows to empty
             layers.
         max_layer_share: most of a layer's heads, and of its channels, that may go, in (0, 1].
         round_heads, round_channels: a layer that loses any keeps a multiple of these.
         whole_groups: remove query heads only together with the key/value head they share.
         whole_layers: remove only whole layers' attention (with a rule for layers), whatever ``min_heads``.
+        fit: a target that shall hold the result, ``"llama.cpp"``, ``"transformers"``, ``"sglang"``, ``"vllm"``
+            or ``"lmdeploy"``, with settings as ``targets.fit_for`` takes them (``"sglang:tp=2"``): whole groups,
+            and where the target needs it as many heads in every layer, channels in multiples. What it cost is
+            in ``details["fit"]``.
         seed: for criteria that draw.
 
     Raises:
-        ValueError: an argument out of range, a ratio out of reach (the message says the maximum), a profile
+        ValueError: an argument out of range, a target that can't hold such a plan, a ratio out of reach (the message says the maximum), a profile
             of another model, or evidence that a rule needs and that was not given.
     """
     adapter = adapter_for(model)
@@ -100,11 +108,16 @@ def plan(
     rules = Rules(
         allocation, min_heads, max_layer_share, round_heads, round_channels, whole_groups, whole_layers
     )
+    asked, room = rules, None if fit is None else fit_for(fit, geometry.family)
+    if room is not None:
+        rules = fitted(rules, room, geometry, targets)
     evidence = Evidence(profile, calibration, seed)
     if channel_rule is None:
         channel_rule = "magnitude" if calibration is None else "flap"
     timed = target_speedup is not None or target_latency is not None or latency_table is not None
     if timed:
+        if room is not None:
+            raise ValueError(f"fit={fit!r} takes a ratio: counts that a target speed chooses differ by layer")
         ratio, unit = 0.0, "parameters"
     tokens = 1024 if length is None else length
     _check_arguments(adapter, rule, evidence, ratio, unit, targets, channel_rule, tokens, rules)
@@ -130,7 +143,7 @@ def plan(
                 f"ratio {ratio} is out of reach: at most {reachable / sum(geometry.heads):.3f} of the heads "
                 f"can go while every layer keeps {min_heads}"
             )
-        kept = remove_heads(geometry, units, budget, allocation, None)
+        kept = remove_heads(geometry, units, budget, rules.allocation, None)
     else:
         work_at = tokens if unit == "flops" else 0
         kept, counts = share_budget(geometry, units, ratio, targets, rules, work_at)
@@ -147,7 +160,7 @@ def plan(
         ratio=ratio,
         unit=unit,
         targets=targets,
-        allocation=allocation,
+        allocation=rules.allocation,
         seed=seed,
         details={
             "settings": vars(rule),
@@ -157,6 +170,9 @@ def plan(
             **told,
         },
     )
+    if room is not None:
+        share = made.heads_removed / sum(geometry.heads) if unit == "heads" else made.parameters_removed
+        made.details["fit"] = cost(room, geometry, scores, asked, kept, counts, ratio, share)
     if timed:
         made.ratio, made.allocation = made.parameters_removed, "latency"
     return made

@@ -345,16 +345,6 @@ def test_a_bias_that_no_repair_added_is_still_refused(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["llada", "qwen3"])
-def test_an_export_that_would_lose_the_biases_is_refused(tmp_path, which):
-    model, rows = MODELS[which](), rows_of(6)
-    plan = manual_plan(model, [KEPT[0]] * 3, [CHANNELS[1]] * 3)
-    sp.apply(model, plan, calibration=rows, repair="least_squares_bias")
-    with pytest.raises(ValueError, match="the repair gave the o projections biases"):
-        sp.export(model, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("which", ["llada", "qwen3"])
 def test_a_model_repaired_by_default_exports(tmp_path, which):
     model, rows = MODELS[which](), rows_of(6)
     sp.apply(model, manual_plan(model, [KEPT[0]] * 3, [CHANNELS[1]] * 3), calibration=rows)

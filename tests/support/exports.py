@@ -9,7 +9,7 @@ from layer_twins import llada_moe_twin
 from toys import MASK, manual_plan, tokens, toy
 
 import sinkprune as sp
-from sinkprune.calibration import Calibration
+from sinkprune.evidence.calibration import Calibration
 
 EQUAL = [[0, 1], [2, 3], [0, 1]]  # as many in every layer, a whole group of two where heads share
 NARROW = [[0, 7, 9], [1, 2, 3], [5, 6, 39]]
