@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sinkprune"
 FLOORS = (
-    {"plans", "files", "version", "_C"},
+    {"plans", "targets", "files", "version", "_C"},
     {"kernels"},
     {"ops"},
     {"models"},
@@ -22,7 +22,14 @@ FLOORS = (
     {"streaming"},
     {"commands"},
 )
-FLAT = {"__init__.py", "__main__.py", "plans.py", "files.py", "version.py"}  # modules that belong to no room
+FLAT = {
+    "__init__.py",
+    "__main__.py",
+    "plans.py",
+    "targets.py",
+    "files.py",
+    "version.py",
+}  # modules that belong to no room
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 

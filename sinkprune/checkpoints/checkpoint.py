@@ -21,25 +21,29 @@ from torch import Tensor, nn
 from sinkprune.adapters import adapter_for
 from sinkprune.adapters.live import LiveAdapter
 from sinkprune.checkpoints import side_files
+from sinkprune.checkpoints.layout import (
+    INDEX,
+    TRIMMED,
+    check_known,
+    lay_out_compact,
+    lay_out_folder,
+    read_json,
+    weight_files,
+)
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE
 from sinkprune.models.transformers_native import (
     describe,
     is_transformers_native,
-    lay_out,
     load_published,
-    transformers_class,
 )
 from sinkprune.plans import PrunePlan, mark
-from sinkprune.pruning.repacking import apply, compact_mlp, install_compact
-from sinkprune.pruning.repair import add_biases
+from sinkprune.pruning.repacking import apply, compact_mlp
 from sinkprune.pruning.sparsification.note import Sparsity
 from sinkprune.version import __version__
 
 MANIFEST = "sinkprune.json"
 MANIFEST_SCHEMA = 1
-INDEX = "model.safetensors.index.json"
-TRIMMED = "sinkprune_trimmed"  # the model_type of exports whose layers differ
 SHARD_BYTES = 4 * 10**9
 
 
@@ -83,7 +87,7 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -
         return read_trimmed(folder, config, device=device, dtype=dtype)
     manifest = _read_manifest(folder)
     if config.get("model_type") not in NATIVE and manifest is None:
-        _check_known(folder, config)
+        check_known(folder, config)
         return load_published(folder, config, dtype).to(device).eval()
     model = lay_out_folder(folder, config)
     plan = form = None
@@ -177,17 +181,6 @@ def asset(name: str) -> Path:
     return Path(str(importlib.resources.files("sinkprune"))) / "assets" / name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object. Raises ``ValueError`` naming the file where it isn't one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(values).__name__}")
-    return values
-
-
 def folder_of(source: str | Path) -> Path:
     if source == "tiny":
         return asset("tiny")
@@ -215,23 +208,6 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         if _sha256(folder / name) != expected:
             raise ValueError(f"{folder / name} is damaged or was changed: its sha256 differs from {MANIFEST}")
     return manifest
-
-
-def weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Safetensors files and the tensors the index promises in each (None: whatever is there)."""
-    if (folder / INDEX).exists():
-        promised: dict[Path, list[str] | None] = {}
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        for tensor, name in weight_map.items() if isinstance(weight_map, dict) else ():
-            names = promised.setdefault(folder / name, [])
-            assert names is not None
-            names.append(tensor)
-        if promised:
-            return promised
-        raise ValueError(f"{folder / INDEX}: no weight_map")
-    if (folder / "model.safetensors").exists():
-        return {folder / "model.safetensors": None}
-    raise FileNotFoundError(f"{folder}: expected model.safetensors or {INDEX}")
 
 
 def as_native(model: nn.Module) -> nn.Module:
@@ -278,13 +254,6 @@ def as_native(model: nn.Module) -> nn.Module:
     return native
 
 
-def lay_out_compact(model: nn.Module, plan: PrunePlan) -> None:
-    """Make a dense model on ``meta`` compact, with the biases that its repair added."""
-    if "repair" in plan.details:
-        add_biases(adapter_for(model), plan)
-    install_compact(model, plan)
-
-
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """The model's ``config.json``, from which ``load`` lays it out."""
     if is_transformers_native(model):
@@ -297,24 +266,6 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
             f"save writes native models, got {type(model).__name__}; of others, transformers' own"
         )
     return values
-
-
-def _check_known(folder: Path, config: dict[str, Any]) -> None:
-    if transformers_class(config) is None:
-        raise ValueError(
-            f"{folder}: unknown model_type {config.get('model_type')!r}; known: {', '.join(NATIVE)}, and "
-            f"transformers' own, whose class 'architectures' names (got {config.get('architectures')!r})"
-        )
-
-
-def lay_out_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """The dense model of a parsed ``config.json``, with its parameters on ``meta``."""
-    native = NATIVE.get(str(config.get("model_type")))
-    if native is None:
-        _check_known(folder, config)
-        return lay_out(config)
-    with torch.device("meta"):
-        return native(config)
 
 
 def _fill(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.checkpoints.checkpoint import as_native, describe_model, write_shards, write_tensors
 from sinkprune.checkpoints import gguf_writing, own_family, ragged, side_files
+from sinkprune.checkpoints.checkpoint import as_native, describe_model, write_shards, write_tensors
 from sinkprune.checkpoints.fitting import check_target
 from sinkprune.checkpoints.rebuilding import MANIFEST
 from sinkprune.checkpoints.trees import trim
@@ -64,13 +64,17 @@ def export(
         return _write_gguf(model, out, dtype, tokenizer)
     model = as_native(model)
     if dtype is not None:
-        raise ValueError(f"dtype is of GGUF files; a folder keeps the model's, got dtype={dtype!r} for {to!r}")
+        raise ValueError(
+            f"dtype is of GGUF files; a folder keeps the model's, got dtype={dtype!r} for {to!r}"
+        )
     config = describe_model(model)
     adapter = adapter_for(model)
     if adapter.form != "compact" or getattr(model, "prune_plan", None) is None:
         raise ValueError(f"the model is in {adapter.form} form: apply a plan with mode='compact' first")
     if adapter.family not in target.families and to not in FORMS:
-        raise ValueError(f"{target.name} {target.source} runs {', '.join(target.families)}; not {adapter.family}")
+        raise ValueError(
+            f"{target.name} {target.source} runs {', '.join(target.families)}; not {adapter.family}"
+        )
     tensors, smaller_config, code = _folder(model, target, to)
     _write_folder(model, out, tensors, smaller_config, code, config, target, tokenizer)
     return out

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
-from sinkprune.plans import Geometry
 from sinkprune.checkpoints.checkpoint import describe_model
+from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE
 from sinkprune.models.transformers_native import is_transformers_native, lay_out
-from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
-from sinkprune.plans import PrunePlan
+from sinkprune.plans import Geometry, PrunePlan
 
 # Keys of a config.json: query heads, key/value heads, features of a head, channels
 _KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")

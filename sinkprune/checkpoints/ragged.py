@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sinkprune.checkpoints.checkpoint import TRIMMED
+from sinkprune.checkpoints.layout import TRIMMED
 from sinkprune.checkpoints.trees import LLAMA, Tree, Trimmed
 
 MODELLING = "modeling_trimmed.py"
@@ -108,7 +108,11 @@ def ragged_tensors(trimmed: Trimmed) -> dict[str, Tensor]:
 
 def published_tensors(tensors: dict[str, Tensor], tree: Tree) -> dict[str, Tensor]:
     """``ragged_tensors`` undone: the tensors by the names of the family's own tree."""
-    names = {f"{LLAMA.embedding}.": f"{tree.embedding}.", f"{LLAMA.norm}.": f"{tree.norm}.", f"{LLAMA.head}.": f"{tree.head}."}
+    names = {
+        f"{LLAMA.embedding}.": f"{tree.embedding}.",
+        f"{LLAMA.norm}.": f"{tree.norm}.",
+        f"{LLAMA.head}.": f"{tree.head}.",
+    }
     back = {published: part for part, published in LLAMA.parts.items()}
     found = {}
     for name, tensor in tensors.items():

@@ -10,14 +10,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.checkpoints.checkpoint import lay_out_compact, read_json, weight_files
-from sinkprune.models.published import NATIVE
+from sinkprune.checkpoints.layout import lay_out_compact, read_json, weight_files
 from sinkprune.checkpoints.ragged import published_tensors
 from sinkprune.checkpoints.trees import LLADA, LLAMA, Tree
-from sinkprune.models.transformers_native import is_transformers_native, lay_out
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
-from sinkprune.plans import PrunePlan
-from sinkprune.plans import mark
+from sinkprune.models.published import NATIVE
+from sinkprune.models.transformers_native import is_transformers_native, lay_out
+from sinkprune.plans import PrunePlan, mark
 
 MANIFEST = "sinkprune_export.json"  # of an exported folder: where it came from
 

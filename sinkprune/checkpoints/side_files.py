@@ -81,7 +81,11 @@ def _code(source: Path | None, config: dict[str, Any]) -> list[str]:
         if name in found:
             continue
         if source is None or not (source / name).is_file():
-            where = "the folder that the model was loaded from is not known" if source is None else f"not in {source}"
+            where = (
+                "the folder that the model was loaded from is not known"
+                if source is None
+                else f"not in {source}"
+            )
             raise FileNotFoundError(
                 f"the config's auto_map needs {name}, {where}: put it there, or take auto_map out of the config"
             )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.plans import Geometry
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
+from sinkprune.plans import Geometry
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from sinkprune.commands import comparing, demo, exporting, machine, pruning, quality, sparsifying, writing
 from sinkprune.commands.arguments import check_device
 
-GROUPS = (demo, pruning, exporting, sparsifying, quality, writing, comparing, machine)  # in the order of --help
+GROUPS = (
+    demo,
+    pruning,
+    exporting,
+    sparsifying,
+    quality,
+    writing,
+    comparing,
+    machine,
+)  # in the order of --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

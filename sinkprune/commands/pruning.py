@@ -72,9 +72,7 @@ def _add_plan(commands: arguments.Commands) -> None:
     sub.add_argument("model", help="tiny, or a local folder")
     sub.add_argument("--profile", help="from 'sinkprune profile', for criteria that need it")
     arguments.add_criterion_flags(sub)
-    sub.add_argument(
-        "--allocation", default="global", help="global, uniform or equal (default: %(default)s)"
-    )
+    sub.add_argument("--allocation", default="global", help="global, uniform or equal (default: %(default)s)")
     sub.add_argument("--min-heads", type=int, default=1, help="fewest a layer keeps (default: %(default)s)")
     sub.add_argument("--max-layer-share", type=float, default=1.0, help="most of a layer that may go")
     sub.add_argument("--round-heads", type=int, default=1, help="keep a multiple of this many per layer")

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sinkprune.plans import Geometry
 from sinkprune.planning.allocation import Rules, head_units, remove_heads
+from sinkprune.plans import Geometry
 from sinkprune.targets import Fit
 
 
@@ -21,7 +21,9 @@ def fitted(rules: Rules, fit: Fit, geometry: Geometry, targets: tuple[str, ...])
     if fit.heads and "heads" in targets:
         raise ValueError(f"fit {fit.target}: no heads can go: {fit.heads}")
     if rules.whole_layers and fit.equal:
-        raise ValueError(f"fit {fit.target}: every layer keeps as many heads, so none can lose all (whole_layers)")
+        raise ValueError(
+            f"fit {fit.target}: every layer keeps as many heads, so none can lose all (whole_layers)"
+        )
     group = max(heads // kv_heads for heads, kv_heads in zip(geometry.heads, geometry.kv_heads, strict=True))
     return replace(
         rules,

@@ -11,8 +11,8 @@ from hf import build, padded
 from layer_twins import llada_moe_twin, sdar_twin
 from toys import manual_plan, one_thread, tokens, toy  # noqa: F401
 
-import sinkprune.checkpoints.checkpoint
 import sinkprune as sp
+import sinkprune.checkpoints.checkpoint
 from sinkprune.evidence.calibration import Calibration
 
 WHOLE = [[0, 1], [2, 3], [0, 1]]  # one group of two query heads in each layer
@@ -204,7 +204,9 @@ BESIDE = {
 def test_every_file_that_a_published_folder_needs_goes_along_and_none_is_run(
     tmp_path, published, saved, monkeypatch
 ):
-    monkeypatch.setattr(sinkprune.checkpoints.checkpoint, "_load_tokenizer", lambda folder: None)  # its code is not run either
+    monkeypatch.setattr(
+        sinkprune.checkpoints.checkpoint, "_load_tokenizer", lambda folder: None
+    )  # its code is not run either
     model, _ = sp.load(published)
     sp.apply(model, manual_plan(model, WHOLE, CHANNELS))
     if saved:

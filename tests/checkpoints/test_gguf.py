@@ -97,7 +97,9 @@ def test_a_file_is_read_back_bit_for_bit_with_its_plan(tmp_path, name):
     model = made(which, heads, channels)
     back, tokenizer = sp.load(sp.export(model, tmp_path / "m.gguf", to="gguf"))
     empty = {f"model.transformer.blocks.{i}.attn_norm.weight" for i, kept in enumerate(heads) if not kept}
-    kept = {k: t for k, t in model.state_dict().items() if k not in empty}  # a norm before nothing is not written
+    kept = {
+        k: t for k, t in model.state_dict().items() if k not in empty
+    }  # a norm before nothing is not written
     assert_same_tensors({k: t for k, t in back.state_dict().items() if k not in empty}, kept)
     assert tokenizer is None and back.prune_plan == model.prune_plan
     assert torch.equal(raw_logits(back, tokens(2, 9)), raw_logits(model, tokens(2, 9)))
@@ -133,14 +135,25 @@ def test_a_quantised_file_is_read_as_float32(tmp_path):
 def bpe(pattern):
     """A byte-level BPE of few merges, whose pre-tokenizer is ``pattern``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("1", "2"), ("12", "3"), ("Ġ", "t"), ("'", "s")]
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("Ġ", "the"),
+        ("i", "n"),
+        ("1", "2"),
+        ("12", "3"),
+        ("Ġ", "t"),
+        ("'", "s"),
+    ]
     merges += [("Ġ", "Ġ"), ("Ċ", "Ċ"), ("!", "!"), ("1", "1"), ("11", "11"), ("Ã", "¼")]
     vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)
     cut = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cut, level]) if cut else level
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<|mask|>", eos_token="<|end|>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, mask_token="<|mask|>", eos_token="<|end|>"
+    )
 
 
 TEXT = "The thing's  in the  123123 1111x!!\n\n\n  über 12 y'all'S the\tend ☃ {}[]  \r\n ok "
@@ -150,9 +163,7 @@ TEXT = "The thing's  in the  123123 1111x!!\n\n\n  über 12 y'all'S the\tend ☃
 def test_llama_cpp_cuts_texts_as_the_tokenizer_does(tmp_path, pattern):
     tokenizer = bpe(pattern)
     mask = tokenizer.mask_token_id
-    model = toy(
-        vocab_size=300, embedding_size=300, mask_token_id=mask, pad_token_id=tokenizer.eos_token_id
-    )
+    model = toy(vocab_size=300, embedding_size=300, mask_token_id=mask, pad_token_id=tokenizer.eos_token_id)
     path = sp.export(model, tmp_path / "m.gguf", to="gguf", tokenizer=tokenizer)
     _, back = sp.load(path)
     with opened(path) as peer:
@@ -171,11 +182,15 @@ def test_llama_cpp_cuts_texts_as_the_tokenizer_does(tmp_path, pattern):
         (lambda t: setattr(t, "model", models.WordLevel({"a": 0}, "a")), "only byte-level BPE"),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused_and_nothing_is_written(tmp_path, change, message):
+def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused_and_nothing_is_written(
+    tmp_path, change, message
+):
     tokenizer = bpe("")
     change(tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match=message):
-        sp.export(toy(vocab_size=300, embedding_size=300), tmp_path / "m.gguf", to="gguf", tokenizer=tokenizer)
+        sp.export(
+            toy(vocab_size=300, embedding_size=300), tmp_path / "m.gguf", to="gguf", tokenizer=tokenizer
+        )
     with pytest.raises(ValueError, match="the model's vocabulary has 61 rows"):
         sp.export(toy(), tmp_path / "m.gguf", to="gguf", tokenizer=bpe(""))
     assert not list(tmp_path.iterdir())

@@ -55,7 +55,8 @@ def test_equal_layers_lose_their_own_weakest_heads():
     model = toy(n_heads=8, n_kv_heads=8)
     plan = sp.plan(model, criterion="magnitude", ratio=0.375, allocation="equal")
     by_one_layer = [
-        sp.plan(model, criterion="magnitude", ratio=0.375, allocation="uniform").layers[i].kept_heads for i in range(3)
+        sp.plan(model, criterion="magnitude", ratio=0.375, allocation="uniform").layers[i].kept_heads
+        for i in range(3)
     ]
     assert [layer.kept_heads for layer in plan.layers] == by_one_layer
 

@@ -1,0 +1,73 @@
+"""Models without their weights: laid out on ``meta`` from a config, and the files that will fill them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sinkprune.adapters import adapter_for
+from sinkprune.models.published import NATIVE
+from sinkprune.models.transformers_native import lay_out, transformers_class
+from sinkprune.plans import PrunePlan
+from sinkprune.pruning.repacking import install_compact
+from sinkprune.pruning.repair import add_biases
+
+INDEX = "model.safetensors.index.json"
+TRIMMED = "sinkprune_trimmed"  # the model_type of exports whose layers differ
+
+
+def lay_out_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The dense model of a parsed ``config.json``, with its parameters on ``meta``."""
+    native = NATIVE.get(str(config.get("model_type")))
+    if native is None:
+        check_known(folder, config)
+        return lay_out(config)
+    with torch.device("meta"):
+        return native(config)
+
+
+def lay_out_compact(model: nn.Module, plan: PrunePlan) -> None:
+    """Make a dense model on ``meta`` compact, with the biases that its repair added."""
+    if "repair" in plan.details:
+        add_biases(adapter_for(model), plan)
+    install_compact(model, plan)
+
+
+def check_known(folder: Path, config: dict[str, Any]) -> None:
+    if transformers_class(config) is None:
+        raise ValueError(
+            f"{folder}: unknown model_type {config.get('model_type')!r}; known: {', '.join(NATIVE)}, and "
+            f"transformers' own, whose class 'architectures' names (got {config.get('architectures')!r})"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object. Raises ``ValueError`` naming the file where it isn't one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(values).__name__}")
+    return values
+
+
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Safetensors files and the tensors the index promises in each (None: whatever is there)."""
+    if (folder / INDEX).exists():
+        promised: dict[Path, list[str] | None] = {}
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        for tensor, name in weight_map.items() if isinstance(weight_map, dict) else ():
+            names = promised.setdefault(folder / name, [])
+            assert names is not None
+            names.append(tensor)
+        if promised:
+            return promised
+        raise ValueError(f"{folder / INDEX}: no weight_map")
+    if (folder / "model.safetensors").exists():
+        return {folder / "model.safetensors": None}
+    raise FileNotFoundError(f"{folder}: expected model.safetensors or {INDEX}")
