@@ -22,7 +22,8 @@ class Architecture:
         biases: parts whose biases it computes; those of any other it ignores or refuses.
         needs_biases: whether q, k and v must have theirs.
         experts: None for one MLP a layer; else whether the weights of a token's experts are made to sum to 1.
-        diffusion: whether ``llama-diffusion-cli`` runs it; others run through the C API with a sampler of yours.
+        diffusion: whether ``llama-diffusion-cli`` runs it; others run through the C API with a sampler of
+            yours.
     """
 
     name: str
@@ -158,10 +159,10 @@ def fit_for(spec: str, family: str) -> Fit:
     """The constraints of a target for a family.
 
     Args:
-        spec: the target's name; settings may follow: ``"sglang:tp=4"`` for four tensor-parallel ranks, by which heads,
-            groups and channels must divide; ``"llama.cpp:rows=32"`` for what rows of the down projection are a
-            multiple of (default 256, as K-quants want; Q8_0 wants 32), ``"llama.cpp:arch=deci"`` for another of
-            the family's architectures than its own.
+        spec: the target's name; settings may follow: ``"sglang:tp=4"`` for four tensor-parallel ranks, by
+            which heads, groups and channels must divide; ``"llama.cpp:rows=32"`` for what rows of the down
+            projection are a multiple of (default 256, as K-quants want; Q8_0 wants 32),
+            ``"llama.cpp:arch=deci"`` for another of the family's architectures than its own.
 
     Raises:
         ValueError: an unknown target or setting, or a family that the target does not run.

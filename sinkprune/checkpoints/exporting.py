@@ -39,8 +39,8 @@ def export(
         model: compact, native or of a transformers class, or a live LLaDA, Dream, SDAR or LLaDA2 object; for
             ``"gguf"`` it may be dense.
         out: a folder, or for ``"gguf"`` a file; must not exist.
-        to: ``"hf"``: the family's own config of a smaller dense model where that can say what is left (as many
-            heads and channels in every layer), else a modelling file that goes with the checkpoint.
+        to: ``"hf"``: the family's own config of a smaller dense model where that can say what is left (as
+            many heads and channels in every layer), else a modelling file that goes with the checkpoint.
             ``"gguf"``: one file for llama.cpp. Or the name of a target (``sinkprune.targets.TARGETS``), whose
             rules are then checked.
         dtype: of a GGUF file's matrices: ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"``; None = the model's.
@@ -51,8 +51,8 @@ def export(
         FileExistsError: something is there.
         FileNotFoundError: the config's ``auto_map`` names code that is not where the model was loaded from.
         TypeError: a live object of upstream code without a native model, or an unknown class.
-        ValueError: an unknown target, a model that is not compact, or one that the target can't hold: the first
-            layer and rule.
+        ValueError: an unknown target, a model that is not compact, or one that the target can't hold: the
+            first layer and rule.
     """
     target = TARGETS.get(FORMS.get(to, to))
     if target is None:
@@ -83,7 +83,8 @@ def export(
 def _folder(
     model: nn.Module, target: Target, to: str
 ) -> tuple[nn.Module | dict[str, Tensor], dict[str, Any], bool]:
-    """What to write: a smaller model or its tensors, its config, and whether our modelling file goes with it."""
+    """What to write: a smaller model or its tensors, its config, and whether our modelling file goes with
+    it."""
     refusal: ValueError | None = None
     if target.own_config or to == "hf" or side_files.loads_by_itself(model):
         try:
@@ -140,8 +141,10 @@ def _write_folder(
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        write = write_shards if isinstance(tensors, nn.Module) else write_tensors
-        write(tensors, part)  # type: ignore[operator]
+        if isinstance(tensors, nn.Module):
+            write_shards(tensors, part)
+        else:
+            write_tensors(tensors, part)
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         if code:
             (part / ragged.MODELLING).write_text(ragged.modelling_file())

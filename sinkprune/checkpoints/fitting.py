@@ -44,7 +44,8 @@ def why_not(architecture: Architecture, trimmed: Trimmed) -> str | None:
 
 
 def check_target(target: Target, trimmed: Trimmed) -> None:
-    """Raise ``ValueError`` where ``target``, which is not llama.cpp, can't hold ``trimmed``: the first layer and rule."""
+    """Raise ``ValueError`` where ``target``, which is not llama.cpp, can't hold ``trimmed``: the first layer
+    and rule."""
     if trimmed.family not in target.families:
         raise ValueError(
             f"{target.name} {target.source} runs {', '.join(target.families)}; not {trimmed.family}"
@@ -56,7 +57,8 @@ def check_target(target: Target, trimmed: Trimmed) -> None:
         added = [part for part in trimmed.biases(layer) if part not in QKV]
         if added and not target.biases and not trimmed.details.get("biases"):
             raise ValueError(
-                f"{target.name}: layer {layer} has biases ({', '.join(added)}) that it would drop: repair without them "
+                f"{target.name}: layer {layer} has biases ({', '.join(added)}) that it would drop: repair "
+                f"without them "
                 "(repair='least_squares')"
             )
 
@@ -69,7 +71,8 @@ def _uneven(trimmed: Trimmed, layer: int) -> str | None:
     if sizes == first:
         return None
     return (
-        f"has {sizes[0]} query heads, {sizes[1]} key/value heads and {sizes[2]} channels, and layer 0 {first[0]}, "
+        f"has {sizes[0]} query heads, {sizes[1]} key/value heads and {sizes[2]} channels, and layer 0 "
+        f"{first[0]}, "
         f"{first[1]} and {first[2]}: plan with fit=…"
     )
 
@@ -87,7 +90,8 @@ def _sizes(architecture: Architecture, trimmed: Trimmed, layer: int) -> str | No
             return "has no heads"
     if not architecture.free_width and heads * geometry.head_dim != geometry.hidden:
         return (
-            f"has {heads} heads of {geometry.head_dim} features, and side by side they must be as wide as the hidden "
+            f"has {heads} heads of {geometry.head_dim} features, and side by side they must be as wide as "
+            f"the hidden "
             f"states, {geometry.hidden}"
         )
     return None

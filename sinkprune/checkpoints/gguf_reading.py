@@ -24,16 +24,17 @@ def read_gguf(
 ) -> tuple[nn.Module, Any]:
     """``(model in evaluation mode, tokenizer or None)`` of a GGUF file.
 
-    A file that ``export`` wrote gives the compact model with its plan; another's of LLaDA or Dream the dense native
-    model.
+    A file that ``export`` wrote gives the compact model with its plan; another's of LLaDA or Dream the dense
+    native model.
 
     Args:
         path: the file.
-        device, dtype: of the parameters; dtype None takes that of the embedding, and float32 where it is quantised.
+        device, dtype: of the parameters; dtype None takes that of the embedding, and float32 where it is
+            quantised.
 
     Raises:
-        ValueError: not a GGUF file, an architecture that says too little of a diffusion model, experts, or tensors
-            that do not fit.
+        ValueError: not a GGUF file, an architecture that says too little of a diffusion model, experts, or
+            tensors that do not fit.
     """
     gguf = gguf_package()
     try:
@@ -85,7 +86,8 @@ def _published(path: Path, name: str, tree: Tree) -> str:
 
 
 def _experts(stacked: dict[str, Tensor], tree: Tree) -> dict[str, Tensor]:
-    """Experts as transformers' classes hold them: gate and up in one parameter, ``[experts, rows, columns]``."""
+    """Experts as transformers' classes hold them: gate and up in one parameter, ``[experts, rows,
+    columns]``."""
     found: dict[str, Tensor] = {}
     for name, down in stacked.items():
         if "ffn_down" in name:
@@ -107,7 +109,8 @@ def _config_of(path: Path, name: str, keys: dict[str, Any], *, tied: bool) -> di
     """The config of a dense LLaDA or Dream that others converted."""
     if name not in ("llada", "dream"):
         raise ValueError(
-            f"{path}: architecture {name!r} does not say which diffusion model it is: only files that sinkprune wrote "
+            f"{path}: architecture {name!r} does not say which diffusion model it is: only files that "
+            f"sinkprune wrote "
             "(sinkprune.config) are read"
         )
     given = {key.removeprefix(f"{name}."): value for key, value in keys.items() if key.startswith(f"{name}.")}
@@ -115,7 +118,8 @@ def _config_of(path: Path, name: str, keys: dict[str, Any], *, tied: bool) -> di
     width = given.get("attention.key_length", given["embedding_length"] // heads)
     if width * heads != given["embedding_length"]:
         raise ValueError(
-            f"{path}: {heads} heads of {width} features for hidden states of {given['embedding_length']}, and no plan "
+            f"{path}: {heads} heads of {width} features for hidden states of {given['embedding_length']}, "
+            f"and no plan "
             "that says what was removed"
         )
     vocabulary = given.get("vocab_size") or len(keys["tokenizer.ggml.tokens"])

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama_token_type
 
-# How a text is cut before merging -> llama.cpp's name of that rule. The patterns are those of published tokenizers.
+# How a text is cut before merging -> llama.cpp's name of that rule. The patterns are those of published
+# tokenizers.
 _CASES = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -29,7 +30,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, trimmed: Trimmed) -> 
     Rows of the embedding beyond the tokenizer's are named ``[PAD…]`` and unused.
 
     Raises:
-        ValueError: not byte-level BPE, a pre-tokenizer whose name in llama.cpp is not known, or more tokens than rows.
+        ValueError: not byte-level BPE, a pre-tokenizer whose name in llama.cpp is not known, or more tokens
+            than rows.
     """
     for role, token in trimmed.tokens.items():
         writer.add_uint32(f"tokenizer.ggml.{_ROLES[role]}_token_id", token)
@@ -40,7 +42,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, trimmed: Trimmed) -> 
     model = described["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ValueError(
-            f"only byte-level BPE tokenizers can be written to GGUF, got {model.get('type')}: export without one "
+            f"only byte-level BPE tokenizers can be written to GGUF, got {model.get('type')}: export "
+            f"without one "
             "(tokenizer=None) and tokenise outside llama.cpp"
         )
     pre = _pre_tokenizer(described)
@@ -78,7 +81,8 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
     pattern = patterns[0] if len(patterns) == 1 else None if patterns else ""
     if not known or levels[0]["use_regex"] != (not patterns) or pattern not in PRE_TOKENIZERS:
         raise ValueError(
-            f"the name that llama.cpp has for this tokenizer's pre-tokenizer is not known: {json.dumps(pre)[:200]}"
+            f"the name that llama.cpp has for this tokenizer's pre-tokenizer is not known: "
+            f"{json.dumps(pre)[:200]}"
         )
     return PRE_TOKENIZERS[pattern]
 

@@ -45,13 +45,14 @@ def write_gguf(
     Args:
         trimmed: of ``trees.trim``.
         path: the file, which is overwritten.
-        dtype: of matrices: ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"``. Norms and biases stay float32; with Q8_0 a
-            matrix whose rows are no multiple of 32 is float16.
+        dtype: of matrices: ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"``. Norms and biases stay float32;
+            with Q8_0 a matrix whose rows are no multiple of 32 is float16.
         tokenizer: a transformers fast tokenizer, or None.
         notes: strings under ``sinkprune.*``, such as where the model came from.
 
     Returns:
-        What was written: the architecture, whether ``llama-diffusion-cli`` runs it, and the matrices that stayed
+        What was written: the architecture, whether ``llama-diffusion-cli`` runs it, and the matrices that
+            stayed
         float16.
 
     Raises:

@@ -1,4 +1,5 @@
-"""A model whose layers differ, as a folder that transformers loads with the small modelling file that goes with it."""
+"""A model whose layers differ, as a folder that transformers loads with the small modelling file that goes
+with it."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def ragged_config(trimmed: Trimmed) -> dict[str, Any]:
     for i in layers:
         if geometry.heads[i] and geometry.heads[i] % geometry.kv_heads[i]:
             raise ValueError(
-                f"layer {i} has {geometry.heads[i]} query heads on {geometry.kv_heads[i]} key/value heads: plan with "
+                f"layer {i} has {geometry.heads[i]} query heads on {geometry.kv_heads[i]} key/value heads: "
+                f"plan with "
                 "whole_groups=True"
             )
     sizes = {str(i): _layer(trimmed, i) for i in layers}

@@ -1,4 +1,5 @@
-"""A model again from the config it was dense with, its plan, and tensors under the names of a smaller dense one."""
+"""A model again from the config it was dense with, its plan, and tensors under the names of a smaller dense
+one."""
 
 from __future__ import annotations
 
@@ -92,7 +93,7 @@ def read_trimmed(
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as handle:
-            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}
+            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     plan = PrunePlan.from_dict(manifest["plan"])
     return rebuilt(manifest["config"], plan, published_tensors(tensors, tree), device=device, dtype=dtype)
 
@@ -126,6 +127,6 @@ def _packed(model: nn.Module, tree: Tree, tensors: dict[str, Tensor]) -> dict[st
                 for name in ("qkv_proj.weight", "o_proj.weight"):
                     shell = module.get_parameter(name)
                     found.setdefault(f"{path}.{name}", torch.empty(shell.shape))
-                norm = f"{block}.{tree.parts['attn_norm']}.weight"  # before nothing
-                found.setdefault(norm, torch.ones(model.get_parameter(norm).shape))
+                before_nothing = f"{block}.{tree.parts['attn_norm']}.weight"
+                found.setdefault(before_nothing, torch.ones(model.get_parameter(before_nothing).shape))
     return found

@@ -1,4 +1,5 @@
-"""What goes with a checkpoint beside its weights: the code that its config names, how to generate, the tokenizer.
+"""What goes with a checkpoint beside its weights: the code that its config names, how to generate, the
+tokenizer.
 
 Files are copied from where the model was loaded, and never run.
 """
@@ -23,7 +24,8 @@ TOKENIZER = (
 
 
 def source_of(model: nn.Module) -> Path | None:
-    """The local folder that the model was loaded from, by ``sp.load`` or by transformers; None if not known."""
+    """The local folder that the model was loaded from, by ``sp.load`` or by transformers; None if not
+    known."""
     config = getattr(model, "config", None)
     found = getattr(model, "loaded_from", None) or getattr(config, "_name_or_path", None)
     return Path(found) if found and Path(found).is_dir() else None
@@ -87,7 +89,8 @@ def _code(source: Path | None, config: dict[str, Any]) -> list[str]:
                 else f"not in {source}"
             )
             raise FileNotFoundError(
-                f"the config's auto_map needs {name}, {where}: put it there, or take auto_map out of the config"
+                f"the config's auto_map needs {name}, {where}: put it there, or take auto_map out of the "
+                f"config"
             )
         found.append(name)
         queue += [other for other in _imports(source / name) if (source / other).is_file()]

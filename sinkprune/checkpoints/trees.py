@@ -1,7 +1,7 @@
 """A pruned model's tensors under the names of a smaller dense one, whatever modules hold them.
 
-A part of a layer is called as GGUF calls it (``attn_q``, ``ffn_down``, …); a ``Tree`` says what each is called in a
-published checkpoint.
+A part of a layer is called as GGUF calls it (``attn_q``, ``ffn_down``, …); a ``Tree`` says what each is
+called in a published checkpoint.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Trimmed:
         family: the adapter's.
         tree: where ``tensors`` keeps what.
         tensors: by published name, smaller where the model was pruned; not copied.
-        geometry: query heads, key/value heads and channels that are left of every layer (of a layer with experts:
-            those of one expert).
+        geometry: query heads, key/value heads and channels that are left of every layer (of a layer with
+            experts: those of one expert).
         theta, eps: of RoPE, and of the norms.
         tied: whether the embedding is the head.
         causal: whether a token sees only itself and those before it, when nobody says otherwise.
@@ -108,8 +108,8 @@ def trim(model: nn.Module) -> Trimmed:
 
     Raises:
         TypeError: a model whose tree has no description here (encoders, LLaDA2's fused projections, …).
-        ValueError: a mask form, key/value heads that are shared unevenly, or a config that says something which
-            no target computes.
+        ValueError: a mask form, key/value heads that are shared unevenly, or a config that says something
+            which no target computes.
     """
     adapter = adapter_for(model)
     if adapter.form == "mask":
@@ -198,7 +198,8 @@ def _unpacked(model: nn.Module) -> dict[str, Tensor]:
 def _attention(path: str, packed: SinkPrunedAttention) -> dict[tuple[str, str], Tensor]:
     if packed.kv_head_of is not None:
         raise ValueError(
-            f"{path}: its query heads share key/value heads unevenly ({packed.kv_head_of.tolist()}), which no "
+            f"{path}: its query heads share key/value heads unevenly ({packed.kv_head_of.tolist()}), which "
+            f"no "
             "target computes: plan with fit=…, or whole_groups=True"
         )
     counts = [n * packed.head_dim for n in (packed.num_heads, packed.num_kv_heads, packed.num_kv_heads)]
@@ -222,8 +223,8 @@ def _mlp(packed: CompactMLP) -> dict[tuple[str, str], Tensor]:
 
 
 def experts_of(trimmed: Trimmed, layer: int, part: str) -> Tensor | None:
-    """A layer's experts' ``ffn_gate``, ``ffn_up`` or ``ffn_down`` in one tensor ``[experts, rows, columns]``, from one
-    module an expert or from transformers' fused parameters; None where it has none."""
+    """A layer's experts' ``ffn_gate``, ``ffn_up`` or ``ffn_down`` in one tensor ``[experts, rows,
+    columns]``, from one module an expert or from transformers' fused parameters; None where it has none."""
     base = f"{trimmed.tree.layer.format(layer)}.mlp.experts."
     fused = trimmed.tensors.get(base + ("down_proj" if part == "ffn_down" else "gate_up_proj"))
     if fused is not None:

@@ -45,8 +45,8 @@ def cost(
     ratio: float,
     removed: float,
 ) -> dict[str, Any]:
-    """What the fit cost: the share that goes instead of the one asked for, and the scores of the heads that go beside
-    those of as many heads that would have gone without it.
+    """What the fit cost: the share that goes instead of the one asked for, and the scores of the heads that
+    go beside those of as many heads that would have gone without it.
 
     Args:
         scores: the criterion's, ``[layers, most heads]``.
@@ -81,7 +81,8 @@ def cost_text(cost: dict[str, Any]) -> str:
     sizes = ", ".join(map(str, cost["heads"]))
     channels = "" if cost["channels"] is None else f", {', '.join(map(str, cost['channels']))} channels"
     return (
-        f"to fit {cost['target']}: {sizes} query heads{channels} a layer; {100 * cost['ratio']:.1f} % goes where "
+        f"to fit {cost['target']}: {sizes} query heads{channels} a layer; {100 * cost['ratio']:.1f} % goes "
+        f"where "
         f"{100 * cost['ratio_asked']:.1f} % was asked; heads that go score {cost['score_removed']:.4g}, and "
         f"{cost['score_removed_without']:.4g} without the fit"
     )

@@ -81,23 +81,24 @@ def plan(
             neither: counts are chosen where time falls, at the least loss (``latency_planning``).
         latency_table: of this model's sizes (``sp.measured_table``, ``sp.computed_table``).
         allocation: ``"global"`` ranks all layers' heads together, ``"uniform"`` takes the same share of each
-            layer, to the nearest unit of the whole budget, ``"equal"`` exactly as many heads of each. Channels
-            go uniformly.
+            layer, to the nearest unit of the whole budget, ``"equal"`` exactly as many heads of each.
+            Channels go uniformly.
         min_heads: fewest query heads (or groups, with ``whole_groups``) a layer keeps; 0 allows to empty
             layers.
         max_layer_share: most of a layer's heads, and of its channels, that may go, in (0, 1].
         round_heads, round_channels: a layer that loses any keeps a multiple of these.
         whole_groups: remove query heads only together with the key/value head they share.
         whole_layers: remove only whole layers' attention (with a rule for layers), whatever ``min_heads``.
-        fit: a target that shall hold the result, ``"llama.cpp"``, ``"transformers"``, ``"sglang"``, ``"vllm"``
-            or ``"lmdeploy"``, with settings as ``targets.fit_for`` takes them (``"sglang:tp=2"``): whole groups,
-            and where the target needs it as many heads in every layer, channels in multiples. What it cost is
-            in ``details["fit"]``.
+        fit: a target that shall hold the result, ``"llama.cpp"``, ``"transformers"``, ``"sglang"``,
+            ``"vllm"`` or ``"lmdeploy"``, with settings as ``targets.fit_for`` takes them
+            (``"sglang:tp=2"``): whole groups, and where the target needs it as many heads in every layer,
+            channels in multiples. What it cost is in ``details["fit"]``.
         seed: for criteria that draw.
 
     Raises:
-        ValueError: an argument out of range, a target that can't hold such a plan, a ratio out of reach (the message says the maximum), a profile
-            of another model, or evidence that a rule needs and that was not given.
+        ValueError: an argument out of range, a target that can't hold such a plan, a ratio out of reach (the
+            message says the maximum), a profile of another model, or evidence that a rule needs and that was
+            not given.
     """
     adapter = adapter_for(model)
     geometry = adapter.geometry()

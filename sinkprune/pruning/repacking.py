@@ -34,9 +34,9 @@ def apply(
         calibration: rows of ``sp.calibrate`` to repair the kept projections on; None leaves their weights as
             they are.
         repair: with ``calibration``: ``"least_squares"`` refits output and down projections to the dense
-            layers' outputs, and their biases where they have some; ``"least_squares_bias"`` also gives biases to
-            those that have none, which most engines can't load; ``"bias"`` only gives back, as biases, the means
-            of what was removed; None does nothing.
+            layers' outputs, and their biases where they have some; ``"least_squares_bias"`` also gives
+            biases to those that have none, which most engines can't load; ``"bias"`` only gives back, as
+            biases, the means of what was removed; None does nothing.
         low_memory: replace layer by layer, so that the peak is one layer's projections more than the model. A
             failure half-way then leaves the model part compact; without it, the model is as it was.
 

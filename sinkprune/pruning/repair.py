@@ -51,8 +51,8 @@ def repaired(
         adapter: of a dense model.
         plan: what will be kept.
         calibration: rows to fit on; fewer tokens than kept columns rely on the ridge, and are warned of.
-        method: ``"least_squares"``, which adds no biases; ``"least_squares_bias"``, which gives every refitted
-            projection one; or ``"bias"``, which only gives back the means of what was removed (FLAP,
+        method: ``"least_squares"``, which adds no biases; ``"least_squares_bias"``, which gives every
+            refitted projection one; or ``"bias"``, which only gives back the means of what was removed (FLAP,
             arXiv 2312.11983).
         ridge: strength, relative to the inputs' mean square.
 
@@ -189,8 +189,8 @@ class _Sums:
             if biased:
                 gram -= x_mean[:, None] * x_mean
                 cross = cross - x_mean[:, None] * y_mean
-            # What the weights as they are leave over is fitted: the ridge pulls towards them, not to zero. It is
-            # a share of the mean square, which rows that are all alike have and their spread has not.
+            # What the weights as they are leave over is fitted: the ridge pulls towards them, not to zero.
+            # It is a share of the mean square, which rows that are all alike have and their spread has not.
             left = cross - gram @ weight.T
             gram.diagonal().add_(ridge * square.diagonal().mean() + torch.finfo(torch.float32).tiny)
             weight = weight + torch.linalg.solve(gram, left, left=True).T

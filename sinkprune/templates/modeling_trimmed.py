@@ -1,14 +1,14 @@
 """A pruned diffusion language model whose layers differ in heads and channels, for transformers.
 
 This file travels with a checkpoint that sinkprune exported and needs nothing of sinkprune; it was written for
-transformers 5.17, whose configs know ``per_layer_config``. It is the Qwen3 of transformers with sizes of its own for
-every layer, with or without a norm of queries and keys, with the biases that the checkpoint has, and with layers that
-have no heads left.
+transformers 5.17, whose configs know ``per_layer_config``. It is the Qwen3 of transformers with sizes of its
+own for every layer, with or without a norm of queries and keys, with the biases that the checkpoint has, and
+with layers that have no heads left.
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-A token sees all others (``is_causal`` is false); with ``block_size`` it sees its own block and those before it, which
-attention "eager" and "sdpa" can compute.
+A token sees all others (``is_causal`` is false); with ``block_size`` it sees its own block and those before
+it, which attention "eager" and "sdpa" can compute.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class NoAttention(nn.Module):
         return (nothing if self.o_proj.bias is None else nothing + self.o_proj.bias), None
 
 
-def trimmed_layer(config: TrimmedConfig, index: int) -> Qwen3DecoderLayer:
+def trimmed_layer(config: TrimmedConfig, index: int) -> nn.Module:
     """A decoder layer of the sizes, biases and norms that ``config`` gives layer ``index``."""
-    own = config.per_layer_config[index]
-    layer = Qwen3DecoderLayer(own, index)
+    own: Any = config.per_layer_config[index]
+    layer: Any = Qwen3DecoderLayer(own, index)
     layer.self_attn.config = config  # which attention runs is said there
     layer.self_attn.is_causal = config.is_causal
     if "self_attn" in (getattr(own, "skip", None) or ()):
@@ -96,7 +96,8 @@ class TrimmedModel(Qwen3Model):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **keys: Any
     ) -> Any:
-        """Qwen3's; a mask of padding ``[B, L]``, or none, is made block-causal where the config has blocks."""
+        """Qwen3's; a mask of padding ``[B, L]``, or none, is made block-causal where the config has
+        blocks."""
         if self.config.block_size and (attention_mask is None or attention_mask.dim() == 2):
             inputs = keys["inputs_embeds"] if input_ids is None else input_ids
             past = keys.get("past_key_values")
@@ -106,7 +107,8 @@ class TrimmedModel(Qwen3Model):
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **keys)
 
     def block_mask(self, valid: Tensor | None, inputs: Tensor, seen: int) -> Tensor:
-        """What is added to the scores, ``[B, 1, L, seen + L]``; blocks count from a sequence's first token."""
+        """What is added to the scores, ``[B, 1, L, seen + L]``; blocks count from a sequence's first
+        token."""
         if valid is None:
             valid = torch.ones(inputs.shape[0], seen + inputs.shape[1], device=inputs.device)
         valid = valid.bool()

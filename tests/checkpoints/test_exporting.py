@@ -17,6 +17,7 @@ from sinkprune.evidence.calibration import Calibration
 
 WHOLE = [[0, 1], [2, 3], [0, 1]]  # one group of two query heads in each layer
 ONE_EACH = [[0, 3], [1, 2], [1, 3]]  # both groups, a query head of each
+MIDDLE = [[0, 1], [0, 1, 2, 3], [0, 1]]
 UNEVEN = [[0, 1, 2], [1, 2, 3], [0, 1, 3]]
 CHANNELS = [[0, 7, 9], [1, 2, 3], [5, 6, 39]]
 
@@ -100,15 +101,15 @@ def test_a_plan_that_is_uniform_by_construction_exports(tmp_path):
         (toy_sdar, "sglang", UNEVEN, None, r"layer 0 keeps \[1, 2\] query heads of its"),
         (toy_sdar, "hf", UNEVEN, None, "its query heads share key/value heads unevenly"),
         (toy_sdar, "lmdeploy", WHOLE, [[0, 1], None, [3, 4]], "can't say"),
-        (toy_sdar, "vllm", [[0, 1], [0, 1, 2, 3], [0, 1]], None, "vllm: layer 1 has 4 query heads, 2 key/value"),
-        (toy_llada2, "hf", [[0, 1], [0, 1, 2, 3], [0, 1]], None, "layer 0 keeps 2 query heads and layer 1 4"),
+        (toy_sdar, "vllm", MIDDLE, None, "vllm: layer 1 has 4 query heads, 2 key/value"),
+        (toy_llada2, "hf", MIDDLE, None, "layer 0 keeps 2 query heads and layer 1 4"),
         (toy, "sglang", WHOLE, None, "sglang 0.5.23 runs llada2_moe, sdar; not llada"),
         (lambda: build("bert"), "hf", WHOLE, None, "its heads would have 16 features"),
         (lambda: build("modernbert"), "hf", WHOLE, None, "its heads would have 16 features"),
     ],
     ids=[
-        "heads", "kv heads", "channels", "uneven groups", "uneven groups, any", "some layers", "vllm", "llada2",
-        "family", "bert", "modernbert",
+        "heads", "kv heads", "channels", "uneven groups", "uneven groups, any", "some layers", "vllm",
+        "llada2", "family", "bert", "modernbert",
     ],
 )  # fmt: skip
 def test_what_a_target_cannot_hold_is_refused_with_the_reason_and_writes_nothing(

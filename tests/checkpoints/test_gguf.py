@@ -199,10 +199,10 @@ def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused_and_nothing_i
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: made("sdar", RAGGED), "qwen3: layer 2 has 4 query heads, 2 key/value heads and 40 channels, and"),
-        (lambda: made("sdar", EQUAL, repair="least_squares_bias"), r"qwen3: layer 0 has biases \(attn_output, ffn_do"),
-        (lambda: made("llada", [[0], [], [1]], None, "bias"), "deci: layer 1 has biases .attn_output. that it"),
-        (lambda: made("dream", [[0, 1], [0, 2, 3], [0]]), r"layers.1.self_attn: its query heads share .* unevenly"),
+        (lambda: made("sdar", RAGGED), "qwen3: layer 2 has 4 query heads, 2 key/value heads and"),
+        (lambda: made("sdar", EQUAL, repair="least_squares_bias"), r"qwen3: layer 0 has biases \(attn_output"),
+        (lambda: made("llada", [[0], [], [1]], None, "bias"), r"deci: layer 1 has biases \(attn_output\)"),
+        (lambda: made("dream", [[0, 1], [0, 2, 3], [0]]), r"layers.1.self_attn: .* heads unevenly"),
         (lambda: made("llada_moe", EQUAL), "llada-moe: layer 0 has 2 heads of 8 features"),
         (lambda: toy(scale_logits=True), "scale_logits=true"),
         (lambda: toy(attention_layer_norm=True), "qk-norm over the full width"),
@@ -227,7 +227,7 @@ def test_trees_that_are_not_described_are_refused(tmp_path, which):
 
 def test_files_that_say_too_little_are_refused(tmp_path):
     path = tmp_path / "m.gguf"
-    with pytest.raises(FileNotFoundError, match="m.gguf is missing"):
+    with pytest.raises(FileNotFoundError, match=r"m\.gguf is missing"):
         sp.load(path)
     path.write_bytes(b"no")
     with pytest.raises(ValueError, match="is not a GGUF file"):
@@ -246,7 +246,7 @@ def test_files_that_say_too_little_are_refused(tmp_path):
 def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="dtype must be one of"):
         sp.export(toy(), tmp_path / "m", to="gguf", dtype="q4_k")
-    with pytest.raises(ValueError, match="to must be one of hf, gguf, llama.cpp"):
+    with pytest.raises(ValueError, match=r"to must be one of hf, gguf, llama\.cpp"):
         sp.export(toy(), tmp_path / "m", to="ggml")
     with pytest.raises(ValueError, match="dtype is of GGUF files"):
         sp.export(toy(), tmp_path / "m", dtype="f16")

@@ -38,7 +38,9 @@ root = pathlib.Path(sys.argv[1])
 ids, valid = torch.load(root / "ids.pt")
 positions = (valid.cumsum(1) - 1).clamp(min=0)
 for folder in sorted(root.glob("*/")):
-    model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
     assert not any(report.values()), report
     with torch.no_grad():
         plain = model(ids).logits
@@ -130,6 +132,6 @@ def test_half_precision_stays(tmp_path):
 def test_layers_that_differ_are_refused_where_the_modelling_file_has_no_words_for_them(tmp_path, which):
     model = MODELS[which]()
     sp.apply(model, manual_plan(model, RAGGED))
-    with pytest.raises(ValueError, match="layer 0 keeps 2 query heads and layer 2 4|has experts, which"):
+    with pytest.raises(ValueError, match=r"layer 0 keeps 2 query heads and layer 2 4|has experts, which"):
         sp.export(model, tmp_path / "m")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Logits of a GGUF file from llama.cpp itself: the C API of the shared object in the ``xllamacpp`` wheel, by ctypes."""
+"""Logits of a GGUF file from llama.cpp itself: the C API in the ``xllamacpp`` wheel, by ctypes."""
 
 import ctypes as C
 from contextlib import contextmanager
@@ -132,7 +132,7 @@ class LlamaCpp:
         return list(room[:count])
 
     def logits(self, ids, block=None, causal=None):
-        """``[len(ids), vocabulary]``; with ``block`` so many tokens at a time, each block seeing those before it."""
+        """``[len(ids), vocabulary]``; with ``block`` so many tokens at a time, each seeing those before."""
         if causal is not None:
             _lib.llama_set_causal_attn(self.context, C.c_bool(causal))
         memory = C.c_void_p(_lib.llama_get_memory(self.context))
