@@ -200,7 +200,7 @@ def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused_and_nothing_i
     ("make", "message"),
     [
         (lambda: made("sdar", RAGGED), "qwen3: layer 2 has 4 query heads, 2 key/value heads and"),
-        (lambda: made("sdar", EQUAL, repair="least_squares_bias"), r"qwen3: layer 0 has biases \(attn_output"),
+        (lambda: made("sdar", EQUAL, repair="least_squares_bias"), r"qwen3: layer 0 has biases \(attn_out"),
         (lambda: made("llada", [[0], [], [1]], None, "bias"), r"deci: layer 1 has biases \(attn_output\)"),
         (lambda: made("dream", [[0, 1], [0, 2, 3], [0]]), r"layers.1.self_attn: .* heads unevenly"),
         (lambda: made("llada_moe", EQUAL), "llada-moe: layer 0 has 2 heads of 8 features"),

@@ -10,8 +10,12 @@ from llama_cpp import opened
 from toys import one_thread, tokens, toy  # noqa: F401
 
 import sinkprune as sp
+from sinkprune.checkpoints.checkpoint import asset
 from sinkprune.commands.main import main
+from sinkprune.evidence.evidence import Evidence
+from sinkprune.planning.criteria import criterion_for
 from sinkprune.planning.fits import cost_text
+from sinkprune.planning.planner import scores_of
 from sinkprune.targets import TARGETS, fit_for
 
 
@@ -100,9 +104,7 @@ def test_the_plan_says_what_the_fit_cost_against_an_independent_sum():
     free = sp.plan(model, criterion="magnitude", ratio=6 / 24)
     assert fitted.heads_removed == free.heads_removed == 6
     cost = fitted.details["fit"]
-    scores = sp.planning.scores_of(
-        sp.planning.criterion_for("magnitude"), sp.adapter_for(model), sp.planning.Evidence(None, None, 0)
-    )
+    scores = scores_of(criterion_for("magnitude"), sp.adapter_for(model), Evidence(None, None, 0))
     for plan, key in ((fitted, "score_removed"), (free, "score_removed_without")):
         gone = sum(
             scores[i, h] for i, layer in enumerate(plan.layers) for h in range(8) if h not in layer.kept_heads
@@ -159,7 +161,7 @@ def test_tiny_goes_from_plan_to_llama_cpp_with_its_loss(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "to fit llama.cpp (llada): 5 query heads a layer" in told and f"wrote {file}" in told
     model, tokenizer = sp.load(pruned)
-    text = (sp.checkpoint.asset("text/held_out.txt")).read_text("utf-8")
+    text = asset("text/held_out.txt").read_text("utf-8")
     test = sp.calibrate(model, text, tokenizer=tokenizer, sequences=4, length=64, seed=5)
     with opened(file, 64) as peer, torch.no_grad():
         assert peer.is_diffusion and peer.metadata("llada.attention.head_count") == "5"
