@@ -36,7 +36,8 @@ says that they are computed.
 
 """
 _COLUMNS = (
-    "target", "read", "what the tests do with it", "families", "equal layers", "added biases", "form", "notes",
+    "target", "read", "what the tests do with it", "families", "equal layers", "added biases", "form",
+    "notes",
 )  # fmt: skip
 
 _GGUF = """
@@ -61,7 +62,7 @@ _FOOT = """
 `llada`, `dream`, `llada-moe` and `rnd1` are diffusion models to llama.cpp, and its own program samples
 them:
 
-    llama-diffusion-cli -m tiny.gguf -p "My fellow citizens" --diffusion-steps 64 --diffusion-block-length 32 -ub 512
+    llama-diffusion-cli -m tiny.gguf -p "My fellow citizens" --diffusion-steps 64 --diffusion-block-length 32
 
 (Dream's schedule is `--diffusion-eps 0.001` instead of a block length. The program is not in the wheel that
 the tests use: what they run is the library that it is built on.) Whole sequences run in one batch, so `-ub`
@@ -96,8 +97,8 @@ has no architecture in llama.cpp.
 def page() -> str:
     """The text of docs/exporting.md."""
     lines = [
-        f"| {t.name} | {t.source} | {t.tested} | {', '.join(t.families)} | {_yes(t.equal)} | {_yes(t.biases)} | "
-        f"{_form(t.form, t.own_config)} | {t.notes} |"
+        f"| {t.name} | {t.source} | {t.tested} | {', '.join(t.families)} | {_yes(t.equal)} | "
+        f"{_yes(t.biases)} | {_form(t.form, t.own_config)} | {t.notes} |"
         for t in TARGETS.values()
     ]
     families = [f"| {family} | {', '.join(names)} |" for family, names in GGUF_FAMILIES.items()]
