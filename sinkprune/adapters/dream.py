@@ -34,9 +34,7 @@ class NativeDream(Adapter):
     """Compact modules take the place of ``layer.self_attn`` and ``layer.mlp``."""
 
     family = "dream"
-    facts = Facts(
-        "Dream-7B, DiffuCoder", export="channels alone: num_attention_heads fixes the width of a head"
-    )
+    facts = Facts("Dream-7B, DiffuCoder", export="yes; heads with a modelling file of ours")
     caches = ("prefix", "dual", "dllm")
     shift = 1
     model: Dream

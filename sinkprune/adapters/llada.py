@@ -42,7 +42,7 @@ class NativeLLaDA(Adapter):
     facts = Facts(
         "LLaDA-8B, LLaDA-1.5",
         compact="yes, unless its qk-norm runs over the full width",
-        export="channels alone: n_heads fixes the width of a head",
+        export="yes; heads with a modelling file of ours",
     )
     caches = ("prefix", "dual", "dllm")
     model: LLaDA

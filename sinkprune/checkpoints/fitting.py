@@ -98,7 +98,9 @@ def _sizes(architecture: Architecture, trimmed: Trimmed, layer: int) -> str | No
 
 
 def _extras(architecture: Architecture, trimmed: Trimmed, layer: int) -> str | None:
-    """Norms and biases."""
+    """Experts, norms and biases."""
+    if architecture.experts is not None and trimmed.part(layer, "ffn_up") is not None:
+        return "has one MLP, no experts"
     heads, biases = trimmed.geometry.heads[layer], trimmed.biases(layer)
     if heads and (trimmed.part(layer, "attn_q_norm") is not None) != architecture.qk_norm:
         return f"has {'no' if architecture.qk_norm else 'a'} norm of queries and keys"

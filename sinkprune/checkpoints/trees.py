@@ -6,6 +6,7 @@ called in a published checkpoint.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +121,7 @@ def trim(model: nn.Module) -> Trimmed:
         raise TypeError(f"no description of the tensors of a {type(model).__name__}, so nothing was exported")
     config: Any = model.config
     _refuse(config, tensors)
+    _check_known(tree, tensors)
     dense = adapter.geometry()
     kept = _sizes(dense, tree, tensors)
     count = getattr(config, "num_experts", None) or 0
@@ -159,6 +161,21 @@ def _refuse(config: Any, tensors: dict[str, Tensor]) -> None:
     heads = [name for name in ("model.transformer.ff_out.bias", "lm_head.bias") if name in tensors]
     if heads:
         raise ValueError(f"the language-model head has a bias ({heads[0]}), which no target computes")
+
+
+def _check_known(tree: Tree, tensors: dict[str, Tensor]) -> None:
+    """Raise ``ValueError`` for a tensor that the description has no word for, and would be left behind."""
+    modules = {tree.embedding, tree.norm, tree.head}
+    parts, experts = set(tree.parts.values()), re.compile(r"mlp\.experts\.\d+\.(gate|up|down)_proj")
+    layer_of = re.compile(re.escape(tree.layer).replace(r"\{\}", r"\d+") + r"\.(.*)")
+    for name in tensors:
+        module, _, kind = name.rpartition(".")
+        found = layer_of.fullmatch(module)
+        inside = "" if found is None else found[1]
+        fused = inside == "mlp.experts" and kind in ("gate_up_proj", "down_proj")
+        known = module in modules or inside in parts or experts.fullmatch(inside) or fused
+        if not known or not (fused or kind in ("weight", "bias")):
+            raise ValueError(f"tensor {name} has no place in any target's form of this model")
 
 
 def _sizes(dense: Geometry, tree: Tree, tensors: dict[str, Tensor]) -> Geometry:

@@ -12,6 +12,7 @@ from sinkprune.adapters import Adapter, Facts, registered
 from sinkprune.adapters.live import LiveAdapter
 from sinkprune.adapters.transformers_attention import TransformersAdapter
 from sinkprune.models.published import NATIVE
+from sinkprune.targets import GGUF_FAMILIES
 
 COLUMNS = (
     "family", "models", "read as", "mask", "compact", "MLP channels", "caches", "sampler", "save and load",
@@ -31,7 +32,8 @@ Toys have the published structure and random weights: no published checkpoint wa
   code, whose keys and values shrink with the kept heads; so do transformers classes with transformers' own.
 - **sampler**: what `denoise` does. Masked denoising fills blocks of your length and sees the whole sequence;
   block diffusion fills the model's own blocks, each of which sees itself and those before it.
-- **export**: whether a uniform plan's model can be written as an ordinary checkpoint (`sp.export`).
+- **export**: whether what a uniform plan leaves can be written for programs that know nothing of this package
+  (`sp.export`); for which ones: [exporting.md](exporting.md).
 
 """
 
@@ -64,7 +66,9 @@ def row(adapter: type[Adapter]) -> list[str]:
     elif kind == "live object":
         has_native = adapter.family in {name.lower() for name in NATIVE}
         saved = "yes, as the native model" if has_native else "no: no native model"
-        exported = "the native model that `save` writes" if has_native else "no: no native model"
+        exported = "yes, as the native model" if has_native else "as GGUF: no native model"
+        if not has_native and adapter.family not in GGUF_FAMILIES:
+            exported = "no: no native model"
     return [
         adapter.family,
         facts.models,

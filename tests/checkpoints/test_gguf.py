@@ -218,6 +218,14 @@ def test_what_llama_cpp_would_drop_is_refused_by_name_and_nothing_is_written(tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tensor_that_would_be_left_behind_is_refused(tmp_path):
+    model = MODELS["llada_moe"]()
+    model.model.layers[1].mlp.shared_expert = torch.nn.Linear(32, 32, bias=False)
+    with pytest.raises(ValueError, match=r"tensor model.layers.1.mlp.shared_expert.weight has no place"):
+        sp.export(model, tmp_path / "m.gguf", to="gguf")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("which", ["llada2", "bert"])
 def test_trees_that_are_not_described_are_refused(tmp_path, which):
     model = build("bert") if which == "bert" else MODELS[which]()
