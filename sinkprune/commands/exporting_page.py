@@ -23,8 +23,11 @@ docs/exporting.md` writes this page from `sinkprune/targets.py`, which is also w
 `--fit` makes a plan that the target can hold: whole groups of query heads, as many heads in every layer
 where it needs that, sizes that divide by `tp` ranks (`--fit sglang:tp=2`), channels in multiples of `rows`
 (256 for llama.cpp's K-quants; `--fit llama.cpp:rows=32` for Q8_0). The plan says what that cost, in
-`details["fit"]`. The vocabulary is never touched. `export` refuses what a target would drop, with the first
-layer and the rule, and writes nothing then.
+`details["fit"]`. It can be much: of the embedded model 38 % of the heads, repaired, cost +0.126 nat where
+every layer keeps five of eight, and +0.018 where layers may differ (`--fit llama.cpp:arch=deci`; 32
+held-out windows of 128 tokens, 2026-11-25), since its first layer needs all of its heads. The vocabulary is
+never touched. `export` refuses what a target would drop, with the first layer and the rule, and writes
+nothing then.
 
 The default repair (`least_squares`) adds no biases, because most programs skip a bias that they do not
 expect, some in silence. `repair="least_squares_bias"` and `"bias"` do add them, and go only where the table
