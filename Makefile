@@ -34,7 +34,7 @@ train-small: setup
 	$(BIN)/python examples/train_small.py --run $(RUN)
 
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # Measure every criterion, the claims and weight-level pruning, and write docs/study.md (resumable).
 study: setup
