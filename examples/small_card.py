@@ -178,9 +178,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             print(
                 name, level, {key: round(v.mean, 3) for key, v in table[name][str(level)].items()}, flush=True
             )
+    written = {
+        name: sp.evaluate_generation(model, tokenizer, [tokenizer.decode(row) for row in ids], windows=32)
+        for name, ids in texts.items()
+    }
     samples = sp.generate(model, tokenizer, list(PROMPTS), steps=64, gen_length=64, block_length=32)
     sizes = {name: len(ids) for name, ids in found.items()}
-    return {"table": table, "streams": sizes, "samples": dict(zip(PROMPTS, samples, strict=True))}
+    quality = {name: each.summary() for name, each in written.items()}
+    return {
+        "table": table,
+        "quality": quality,
+        "streams": sizes,
+        "samples": dict(zip(PROMPTS, samples, strict=True)),
+    }
 
 
 def progress(run: Path) -> list[tuple[float, dict[str, float]]]:
@@ -205,6 +215,25 @@ def losses_table(table: dict[str, Any]) -> str:
             figures = (cell(row[kind]) for kind in ("small", "neighbours", "unigram"))
             base = cell(table[name]["base"]) if level == str(LEVELS[0]) else ""
             lines.append(f"| {title} | {level} | {' | '.join(figures)} | {base} |")
+    return "\n".join(lines)
+
+
+def quality_table(quality: dict[str, Any]) -> str:
+    columns = {
+        "infilling_accuracy": "tokens restored, %",
+        "infilling_bleu": "BLEU of infilled spans",
+        "infilling_rouge_l": "ROUGE-L of infilled spans",
+        "continuation_bleu": "BLEU of continuations",
+        "continuation_rouge_l": "ROUGE-L of continuations",
+    }
+    lines = [f"| text | {' | '.join(columns.values())} |", "|---|" + "---|" * len(columns)]
+    for name, title in TEXTS.items():
+        figures = []
+        for column in columns:
+            found = Interval(**quality[name][column])
+            scale = 100 if column.endswith("accuracy") else 1
+            figures.append(cell(Interval(*(scale * value for value in found))))
+        lines.append(f"| {title} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
@@ -253,6 +282,11 @@ unigram and the model of both neighbours (bigrams with absolute discounting) are
 predicts every token from all those to its left: another task, for scale.
 
 {losses_table(table)}
+
+**What it writes**, with 95 % intervals over the same windows: 32 tokens in the middle of 64 restored, the surest
+first, one a step; and 32 tokens after the first 32.
+
+{quality_table(facts["quality"])}
 
 On Wikipedia: {"; ".join(missed)}. It was trained for {trained["tokens"] / 1e6:.1f} million tokens, where published
 adaptations of this kind take billions, so it is a subject to compare pruning on, not a useful writer.

