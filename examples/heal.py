@@ -70,7 +70,7 @@ def distil(
     rate: float,
     seed: int,
 ) -> tuple[int, float]:
-    """Train ``student`` in place for a time; its steps and the mean divergence of the last tenth of it, nats."""
+    """Train ``student`` in place; its steps, and the mean divergence (nats) of the last tenth of them."""
     adapter, dense = sp.adapter_for(student), sp.adapter_for(teacher)
     student.requires_grad_(False)
     learned = block_parameters(adapter)
