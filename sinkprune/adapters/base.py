@@ -78,6 +78,7 @@ class Adapter(ABC):
         tuple[str, ...]
     ] = ()  # names of those in ``sinkprune.models.caches`` that the model takes
     shift: ClassVar[int] = 0  # 1 where a row of the model's logits is about the next token
+    seeds: ClassVar[bool] = False  # whether a block's first token is filled alone, from what is before it
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -164,6 +165,16 @@ class Adapter(ABC):
     def block_size(self) -> int | None:
         """Positions of a block where the model is block-causal: a token sees its block and those before."""
         return None
+
+    @property
+    def usual_block(self) -> int | None:
+        """Tokens of a block that the published sampler fills, where the model leaves that open."""
+        return None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether tokens after the block that is filled change what is filled."""
+        return self.block_size is None
 
     def hiding(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
         """While the blocks run one by one: hide padding as ``predict`` does, where the blocks' own arguments

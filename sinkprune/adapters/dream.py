@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from sinkprune.adapters.base import (
 from sinkprune.adapters.live_layers import LiveLayers, calls_attention, layers_of
 from sinkprune.models.caches import Cache
 from sinkprune.models.common import GatedMLP
-from sinkprune.models.dream import Dream, DreamAttention, DreamLayer
+from sinkprune.models.dream import Dream, DreamAttention, DreamConfig, DreamLayer
 from sinkprune.plans import Geometry
 
 ATTENTION = {role: f"self_attn.{role}_proj" for role in "qkvo"}
@@ -38,10 +38,14 @@ class NativeDream(Adapter):
     caches = ("prefix", "dual", "dllm")
     shift = 1
     model: Dream
+    CONFIG: ClassVar[type[DreamConfig]] = DreamConfig
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
-        return isinstance(model, Dream)
+        return isinstance(model, Dream) and type(model.config) is cls.CONFIG
+
+    def _sources(self, input_ids: Tensor, rows: slice) -> Tensor | slice:
+        return shifted_rows(input_ids, rows) if self.shift else rows
 
     def _layer(self, layer: int) -> DreamLayer:
         return cast(DreamLayer, self.model.layers[layer])
@@ -98,7 +102,7 @@ class NativeDream(Adapter):
     def predict(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
     ) -> Tensor:
-        sources = shifted_rows(input_ids, rows)
+        sources = self._sources(input_ids, rows)
         return self.model(input_ids, attention_mask=attention_mask, rows=sources).logits
 
     def predict_window(
@@ -109,7 +113,7 @@ class NativeDream(Adapter):
         positions: Tensor,
         cache: Cache,
     ) -> Tensor:
-        sources = shifted_rows(input_ids, rows)
+        sources = self._sources(input_ids, rows)
         return self.model(input_ids, attention_mask, rows=sources, positions=positions, cache=cache).logits
 
 

@@ -43,7 +43,7 @@ class NativeBlockCausal(Adapter):
             hidden=config.hidden_size,
             head_dim=config.width,
             vocabulary=config.vocab_size,
-            context=config.max_position_embeddings,
+            context=config.context,
             heads=(config.num_attention_heads,) * layers,
             kv_heads=(config.kv_heads,) * layers,
             channels=tuple(map(self.channels_of, range(layers))),

@@ -1,4 +1,4 @@
-"""SDAR: the native one, and live objects of the published code and its copies."""
+"""SDAR: live objects of the published code and its copies. The native one is a line of ``decoders.py``."""
 
 from __future__ import annotations
 
@@ -6,33 +6,8 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
-from sinkprune.adapters.base import AttentionWeights, Facts, modules_of, register_adapter, tensors_of
+from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.live_layers import BlockCausalLayers, calls_attention, layers_of
-from sinkprune.adapters.native import NativeBlockCausal
-from sinkprune.models.sdar import SDAR, SDARAttention
-
-
-@register_adapter
-class NativeSDAR(NativeBlockCausal):
-    """Compact modules take the place of ``layer.self_attn`` and ``layer.mlp``."""
-
-    family = "sdar"
-    facts = Facts("SDAR-1.7B, 4B, 8B")
-    model: SDAR
-    ATTENTION: ClassVar[dict[str, str]] = {role: f"self_attn.{role}_proj" for role in "qkvo"}
-
-    @classmethod
-    def recognises(cls, model: nn.Module) -> bool:
-        return isinstance(model, SDAR)
-
-    def channels_of(self, layer: int) -> int:
-        return self.model.config.intermediate_size
-
-    def attention_weights(self, layer: int) -> AttentionWeights:
-        dense = cast(SDARAttention, self.attention_of(layer))
-        tensors = tensors_of(modules_of(self.layer_of(layer), self.ATTENTION), layer)
-        return AttentionWeights(**tensors, q_norm=dense.q_norm, k_norm=dense.k_norm)
-
 
 _COUNTS = ("num_attention_heads", "num_key_value_heads", "num_key_value_groups", "head_dim")
 

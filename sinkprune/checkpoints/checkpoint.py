@@ -32,7 +32,7 @@ from sinkprune.checkpoints.layout import (
 )
 from sinkprune.models import small
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
-from sinkprune.models.published import NATIVE
+from sinkprune.models.published import NATIVE, native_kind, native_of
 from sinkprune.models.transformers_native import (
     describe,
     is_transformers_native,
@@ -88,7 +88,7 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -
 
         return read_trimmed(folder, config, device=device, dtype=dtype)
     manifest = _read_manifest(folder)
-    if config.get("model_type") not in NATIVE and manifest is None:
+    if native_kind(config) is None and manifest is None:
         check_known(folder, config)
         return load_published(folder, config, dtype).to(device).eval()
     model = lay_out_folder(folder, config)
@@ -224,13 +224,13 @@ def as_native(model: nn.Module) -> nn.Module:
     if not isinstance(adapter, LiveAdapter):
         return model
     family = adapter.geometry().family
-    kind = next((name for name in NATIVE if name.lower() == family), None)
+    kind = native_of(family)
     config: Any = model.config
     if kind is None or adapter.geometry().num_layers == 0:
         raise TypeError(f"save writes native models, and there is none for {type(model).__name__}")
     values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     with torch.device("meta"):
-        native = NATIVE[kind]({**values, "model_type": kind})
+        native = NATIVE[kind](values if native_kind(values) == kind else {**values, "model_type": kind})
     plan: PrunePlan | None = getattr(model, "prune_plan", None)
     if adapter.form == "compact" and plan is not None:
         lay_out_compact(native, plan)
@@ -266,7 +266,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     values: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
     ours = type(model).__module__.startswith("sinkprune.models.")
-    if not ours or values.get("model_type") not in NATIVE:
+    if not ours or native_kind(values) is None:
         raise TypeError(
             f"save writes native models, got {type(model).__name__}; of others, transformers' own"
         )

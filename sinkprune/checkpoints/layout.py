@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.models.published import NATIVE
+from sinkprune.models.published import NATIVE, native_kind
 from sinkprune.models.transformers_native import lay_out, transformers_class
 from sinkprune.plans import PrunePlan
 from sinkprune.pruning.repacking import install_compact
@@ -22,7 +22,7 @@ TRIMMED = "sinkprune_trimmed"  # the model_type of exports whose layers differ
 
 def lay_out_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
     """The dense model of a parsed ``config.json``, with its parameters on ``meta``."""
-    native = NATIVE.get(str(config.get("model_type")))
+    native = NATIVE.get(native_kind(config) or "")
     if native is None:
         check_known(folder, config)
         return lay_out(config)

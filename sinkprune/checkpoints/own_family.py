@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.checkpoints.checkpoint import describe_model
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
-from sinkprune.models.published import NATIVE
+from sinkprune.models.published import NATIVE, native_kind
 from sinkprune.models.transformers_native import is_transformers_native, lay_out
 from sinkprune.plans import Geometry, PrunePlan
 
@@ -87,7 +87,7 @@ def _lay_out(config: dict[str, Any], plan: PrunePlan, kept: Geometry) -> tuple[n
         config |= {head_dim: kept.head_dim} if head_dim else {}
     if pruned:
         config[channels] = kept.channels[pruned[0]]
-    native = NATIVE.get(str(config.get("model_type")))
+    native = NATIVE.get(native_kind(config) or "")
     try:
         if native is None:
             small = lay_out(config)

@@ -15,7 +15,7 @@ from sinkprune.checkpoints.layout import lay_out_compact, read_json, weight_file
 from sinkprune.checkpoints.ragged import published_tensors
 from sinkprune.checkpoints.trees import LLADA, LLAMA, Tree
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
-from sinkprune.models.published import NATIVE
+from sinkprune.models.published import NATIVE, native_kind
 from sinkprune.models.transformers_native import is_transformers_native, lay_out
 from sinkprune.plans import PrunePlan, mark
 
@@ -41,7 +41,7 @@ def rebuilt(
     Raises:
         ValueError: a plan for another geometry, or tensors that are missing, unexpected or misshapen.
     """
-    native = NATIVE.get(str(config.get("model_type")))
+    native = NATIVE.get(native_kind(config) or "")
     if native is None:
         model = lay_out(config)
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from sinkprune.adapters import Adapter, Facts, registered
 from sinkprune.adapters.live import LiveAdapter
 from sinkprune.adapters.transformers_attention import TransformersAdapter
-from sinkprune.models.published import NATIVE
+from sinkprune.models.published import native_of
 from sinkprune.targets import GGUF_FAMILIES
 
 COLUMNS = (
@@ -64,7 +64,7 @@ def row(adapter: type[Adapter]) -> list[str]:
     if facts.mask.startswith("no"):
         saved = "no"
     elif kind == "live object":
-        has_native = adapter.family in {name.lower() for name in NATIVE}
+        has_native = native_of(adapter.family) is not None
         saved = "yes, as the native model" if has_native else "no: no native model"
         exported = "yes, as the native model" if has_native else "as GGUF: no native model"
         if not has_native and adapter.family not in GGUF_FAMILIES:

@@ -124,7 +124,7 @@ def evaluate_generation(
     report = progress or (lambda count: None)
     left = prompt_length // 2
     written: dict[str, list[Tensor]] = {"infilling": [], "continuation": []}
-    if adapter.block_size is not None:
+    if not adapter.looks_ahead:
         del written["infilling"]
     for part in rows.to(device).split(batch):
         if "infilling" in written:

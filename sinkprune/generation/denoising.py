@@ -69,8 +69,8 @@ def denoise(
         steps: forwards in total, a multiple of the number of blocks, at most ``gen_length``; not used with a
             threshold.
         gen_length: tokens to fill.
-        block_length: tokens of a block, dividing ``gen_length``; None means one block, or a block-causal
-            model's own.
+        block_length: tokens of a block, dividing ``gen_length``; None means one block, or those of the model
+            or of its published sampler.
         temperature: 0 takes the argmax; above, Gumbel noise in float64.
         cfg_scale: weight of classifier-free guidance; the unconditional half masks the prompt.
         remasking: ``"low_confidence"`` or ``"random"``.
@@ -245,7 +245,8 @@ def _prepare(
     if gen_length < 1:
         raise ValueError(f"gen_length must be at least 1, got {gen_length}")
     own = adapter.block_size
-    block = (own or gen_length) if block_length is None else block_length
+    usual = own or min(adapter.usual_block or gen_length, gen_length)
+    block = usual if block_length is None else block_length
     if block < 1 or gen_length % block:
         raise ValueError(f"block_length must divide gen_length={gen_length}, got {block}")
     if own is not None and block != own:

@@ -73,9 +73,11 @@ class Reader:
         self.predict: Predict = adapter.predict
         self.valid = valid if valid is None or cfg_scale == 0 else torch.cat((valid, valid))
         self.prompt_length, self.mask_id, self.cfg_scale = prompt_length, mask_id, cfg_scale
+        self.start = 0  # of the block that is filled
 
     def begin(self, block: Block, total: int) -> None:
         """``block`` of a sequence of ``total`` tokens comes next."""
+        self.start = block.start
         if self.cache is not None:
             self.cache.begin(block.start, block.rows.stop, total)
 
@@ -92,15 +94,18 @@ class Reader:
         return logits
 
     def out_of_reach(self, rows: slice) -> int:
-        """How many of the first ``rows`` the next forwards can't predict: a shifted model's row i is about
-        token i + 1, and the window may begin at the block."""
+        """How many of the first ``rows`` the block's first forward fills alone: those that the next ones
+        can't predict, for a shifted model's row i is about token i + 1, and the window may begin at the
+        block; and the one that a model which ``seeds`` its blocks takes from what is before them."""
+        if self.adapter.seeds and rows.start == self.start:
+            return 1
         if self.cache is None:
             return 0
         return max(0, self.cache.window[0] + self.adapter.shift - rows.start)
 
     def _forward(self, ids: Tensor, rows: slice) -> Tensor:
         if self.cache is None:
-            seen = slice(None if self.adapter.block_size is None else rows.stop)  # no later block is seen
+            seen = slice(None if self.adapter.looks_ahead else rows.stop)  # no later block is seen
             valid = None if self.valid is None else self.valid[:, seen]
             return self.predict(ids[:, seen], valid, rows)
         first, last = self.cache.window

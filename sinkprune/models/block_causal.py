@@ -101,27 +101,36 @@ class BlockCausalLM(NativeLM):
     config: BlockCausalConfig
     EMBEDDING: ClassVar[str]
 
-    def __init__(self, config: BlockCausalConfig, build: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self,
+        config: BlockCausalConfig,
+        build: Callable[[int], nn.Module],
+        *,
+        root: str = "model",
+        head: str = "lm_head",
+    ) -> None:
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(
-            {
-                self.EMBEDDING: nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(map(build, range(config.num_hidden_layers))),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
-        self.lm_head: nn.Linear | None = None
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._root, self._head = root, head
+        parts = {
+            self.EMBEDDING: nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(map(build, range(config.num_hidden_layers))),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        }
+        self.add_module(root, nn.ModuleDict(parts))
+        tied = config.tie_word_embeddings
+        self.add_module(head, None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False))
+
+    def _part(self, name: str) -> nn.Module:
+        return cast(nn.ModuleDict, self.get_submodule(self._root))[name]
 
     @property
     def embedding(self) -> nn.Embedding:
-        return cast(nn.Embedding, self.model[self.EMBEDDING])
+        return cast(nn.Embedding, self._part(self.EMBEDDING))
 
     @property
     def layers(self) -> nn.ModuleList:
-        return cast(nn.ModuleList, self.model["layers"])
+        return cast(nn.ModuleList, self._part("layers"))
 
     def hidden(
         self,
@@ -129,6 +138,7 @@ class BlockCausalLM(NativeLM):
         attention_mask: Tensor | None = None,
         *,
         positions: Tensor | None = None,
+        order: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Final normed hidden states ``[B, L, hidden_size]`` for ids ``[B, L]``.
@@ -137,6 +147,8 @@ class BlockCausalLM(NativeLM):
             attention_mask: 1 at valid keys: ``[B, L]``, or ``[B, Lk]`` of all keys where there is a cache.
             positions: int64 ``[L]`` or ``[B, L]``, where in the sequence the ids are, which says their block;
                 -1 = padding; None = 0 … L-1.
+            order: int64 of the same shape, where blocks do not say who sees whom: a token sees those of its
+                order and below. With a cache, what it holds has the orders 0, 1, ….
             cache: of keys after RoPE, and values, of the tokens that are not among the ids.
 
         Raises:
@@ -149,33 +161,39 @@ class BlockCausalLM(NativeLM):
             positions = torch.arange(length, device=input_ids.device)
         at = None if positions is None else positions.expand(batch, -1)
         cos, sin = self.rotary(length, input_ids.device, at)
+        block_size = self.config.block_size
+        if order is not None:
+            block_size, at = 1, order.expand(batch, -1)
+            keys = None if cache is None else cache.key_positions(order)
         seen = {
             "key_padding_mask": None if attention_mask is None else attention_mask.bool(),
-            "block_size": self.config.block_size,
+            "block_size": block_size,
             "query_positions": at,
             "key_positions": at if keys is None else keys.expand(batch, -1),
         }
         x = self.embedding(input_ids)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, None if cache is None else cache.layer(index), **seen)
-        return self.model["norm"](x)
+        return self._part("norm")(x)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden states ``[..., hidden_size]``."""
-        return F.linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
+        own = self._modules[self._head]
+        return F.linear(hidden, self.embedding.weight) if own is None else own(hidden)
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        rows: slice = slice(None),
+        rows: slice | Tensor = slice(None),
         *,
         positions: Tensor | None = None,
+        order: Tensor | None = None,
         cache: Cache | None = None,
     ) -> DLMOutput:
-        """Logits of ``rows`` (default: of every token); the LM head runs on those only. The rest as in
-        ``hidden``."""
-        hidden = self.hidden(input_ids, attention_mask, positions=positions, cache=cache)
+        """Logits of ``rows`` (a slice or indices; default: of every token); the LM head runs on those only.
+        The rest as in ``hidden``."""
+        hidden = self.hidden(input_ids, attention_mask, positions=positions, order=order, cache=cache)
         return DLMOutput(self.head(hidden[:, rows]))
 
 

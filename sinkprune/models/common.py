@@ -33,6 +33,8 @@ class PublishedConfig:
 
     FAMILY: ClassVar[str]
     MODEL_TYPE: ClassVar[str]
+    ARCHITECTURE: ClassVar[str | None] = None  # what ``architectures`` names, where nothing else is known
+    ROPE_TYPES: ClassVar[tuple[str, ...]] = ("default",)
     # Keys that must be positive integers.
     REQUIRED: ClassVar[tuple[str, ...]]
     # Keys whose other published values name architectures that the family's module does not compute.
@@ -62,10 +64,9 @@ class PublishedConfig:
                     f"{cls.FAMILY} config: only {key}={expected!r} is supported, got {config[key]!r}"
                 )
         rope = config.get("rope_parameters") or {}  # where transformers 5 writes the RoPE keys
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(
-                f"{cls.FAMILY} config: only rope_type='default' is supported, got {rope['rope_type']!r}"
-            )
+        if rope.get("rope_type", "default") not in cls.ROPE_TYPES:
+            allowed = " or ".join(f"rope_type={kind!r}" for kind in cls.ROPE_TYPES)
+            raise ValueError(f"{cls.FAMILY} config: only {allowed} is supported, got {rope['rope_type']!r}")
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         config = {**{key: rope[key] for key in rope.keys() & names}, **config}
         known = {key: value for key, value in config.items() if key in names}
@@ -79,7 +80,12 @@ class PublishedConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to ``config.json``."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
-        return {**self.FIXED, **self.extra, **own, "model_type": self.MODEL_TYPE}
+        named = {} if self.ARCHITECTURE is None else {"architectures": [self.ARCHITECTURE]}
+        return {**named, **self.FIXED, **self.extra, **own, "model_type": self.MODEL_TYPE}
+
+    def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of RoPE at ``positions`` ``[..., L]``, as ``rotary_table`` gives them."""
+        return rotary_table(positions, self.rotary_width, self.rope_theta)
 
 
 class RMSNorm(nn.Module):
@@ -158,12 +164,11 @@ class NativeLM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """``(cos, sin)`` float32 ``[length, rotated]`` of 0 … length-1 (kept up to the longest length seen),
         or of ``positions`` ``[length]``, or ``[B, 1, length, rotated]`` of ``positions`` ``[B, length]``."""
-        width, theta = self.config.rotary_width, self.config.rope_theta
         if positions is not None:
-            cos, sin = rotary_table(positions, width, theta)
+            cos, sin = self.config.table(positions)
             return (cos, sin) if positions.dim() == 1 else (cos.unsqueeze(1), sin.unsqueeze(1))
         if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:
-            self._rotary = rotary_table(torch.arange(length, device=device), width, theta)
+            self._rotary = self.config.table(torch.arange(length, device=device))
         cos, sin = self._rotary
         return cos[:length], sin[:length]
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 from block_causals import toy_llada2, toy_sdar
 from ddit_twins import ddit_twin
+from decoders import FAMILIES as DECODERS
 from dreams import toy_dream
 from hf import build, diffusion_gemma
 from layer_twins import llada2_twin, llada_moe_twin, sdar_twin
@@ -22,6 +23,9 @@ from sinkprune.models.caches import CACHES
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TOYS = {
     "NativeDream": toy_dream, "NativeLLaDA": toy, "NativeLLaDA2": toy_llada2, "NativeSDAR": toy_sdar,
+    "NativeILLaDA": DECODERS["illada"].toy, "NativeFastDLLM": DECODERS["fast_dllm_qwen"].toy,
+    "NativeStableDiffCoder": DECODERS["stable_diffcoder"].toy, "NativeWeDLM": DECODERS["wedlm"].toy,
+    "NativeNemotronDiffusion": DECODERS["nemotron_labs_diffusion"].toy,
     "DDiTBlocks": lambda: ddit_twin("sdpa"), "DreamLayers": dream_twin, "LLaDABlocks": llada_twin,
     "LLaDA2Layers": llada2_twin, "LLaDAMoELayers": llada_moe_twin, "SDARLayers": sdar_twin,
     "TransformersDecoder": lambda: build("qwen3"), "TransformersBert": lambda: build("bert"),
