@@ -25,6 +25,8 @@ def add_commands(commands: arguments.Commands) -> None:
         "--top-p", type=float, help="draw, at a temperature, from the likeliest tokens of this sum"
     )
     sub.add_argument("--top-k", type=int, help="draw, at a temperature, from this many likeliest tokens")
+    sub.add_argument("--sub-block", type=int, help="with a threshold: fill blocks in parts (Fast-dLLM v2: 8)")
+    sub.add_argument("--stop", action="store_true", help="end at the tokenizer's end-of-text token")
     sub.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs (nothing on CPU)")
     sub.add_argument("--cache", help="prefix, dual or dllm (approximate), block (block-causal models)")
 
@@ -54,6 +56,8 @@ def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         threshold=options.threshold,
         top_p=options.top_p,
         top_k=options.top_k,
+        sub_block=options.sub_block,
+        stop_token_id=_end_of(tokenizer) if options.stop else None,
         cache=cache,
         graphs=options.graphs,
         **arguments.sampler_options(options),
@@ -66,3 +70,11 @@ def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             f"{result['cache_bytes_saved'] / 1e6:.2f} MB less than the dense model's"
         )
     return result, str(text)
+
+
+def _end_of(tokenizer: Any) -> int:
+    """The end-of-text token. Raises ``ValueError`` where there is none."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    if not isinstance(end, int):
+        raise ValueError("--stop needs a tokenizer that names an end-of-text token")
+    return end

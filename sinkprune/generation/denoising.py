@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,8 @@ def denoise(
     threshold: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
+    sub_block: int | None = None,
+    stop_token_id: int | Sequence[int] | None = None,
     cache: str | Cache | None = None,
     mask_token_id: int | None = None,
     seed: int | None = None,
@@ -81,6 +83,10 @@ def denoise(
         top_p, top_k: draw from the likeliest tokens only (of the tempered distribution): the
             fewest whose probabilities reach ``top_p``, then ``top_k`` of them. Dream's rules are sure of what
             is left; LLaDA's of the whole distribution, so that they heed limits at a temperature only.
+        sub_block: with a threshold, fill each block in parts of so many tokens, left to right, over forwards
+            of the whole block (Fast-dLLM v2, arXiv 2509.26328: 8); it divides the block.
+        stop_token_id: end-of-text tokens. Once every sample has one with nothing masked before it, nothing
+            more is run, and the last yield has each sample's first such token from there on.
         cache: ``"prefix"`` or ``"dual"`` (approximate), ``"block"`` (exact, block-causal models), or one of
             ``sinkprune.models.caches``, emptied first. Under a cache a shifted model (Dream) spends a block's
             first step on the block's first token alone, as in Fast-dLLM: no later window predicts that one.
@@ -114,6 +120,13 @@ def denoise(
         raise ValueError(
             f"temperature and cfg_scale must be finite and at least 0, got {temperature} and {cfg_scale}"
         )
+    if sub_block is not None:
+        block = canvas.blocks[0].rows.stop - canvas.blocks[0].start
+        if threshold is None or sub_block < 1 or block % sub_block:
+            raise ValueError(
+                f"sub_block must divide the block of {block} tokens and needs a threshold, got {sub_block} "
+                f"and threshold={threshold}"
+            )
     generator = None if seed is None else torch.Generator(prompt_ids.device).manual_seed(seed)
     sampler = make_sampler(
         algorithm or remasking, temperature, generator, threshold, top_p=top_p, top_k=top_k
@@ -127,20 +140,46 @@ def denoise(
             raise ValueError("graphs replay whole sequences: pass either graphs or a cache")
         reader.predict = graphs if isinstance(graphs, StepGraph) else StepGraph(model)
     current, forwards, wanted = canvas.ids, 0, prompt + gen_length
+    stops = _stops(stop_token_id, prompt_ids.device)
     for index, block in enumerate(canvas.blocks):
         reader.begin(block, current.shape[1])
-        for ids, new in fill(block.rows, current, reader, sampler, canvas.steps):
+        for ids, new in fill(block.rows, current, reader, sampler, canvas.steps, sub_block):
             current, forwards = ids, forwards + 1
             if callback is not None:
                 held = 0 if kept is None else kept.bytes
                 callback(Step(ids[:, :wanted], new[:, :wanted], forwards, index, len(canvas.blocks), held))
-            yield ids[:, :wanted]
+            ended = None if stops is None else _ended(ids[:, :wanted], prompt, stops, canvas.mask_id)
+            yield ids[:, :wanted] if ended is None else ended
+            if ended is not None:
+                return
+
+
+def _stops(given: int | Sequence[int] | None, device: torch.device) -> Tensor | None:
+    """Stop tokens int64 ``[n]``, or None."""
+    stops = [given] if isinstance(given, int) else list(given or ())
+    return torch.tensor(stops, device=device) if stops else None
+
+
+def _ended(ids: Tensor, prompt: int, stops: Tensor, mask_id: int) -> Tensor | None:
+    """``ids`` ``[B, T]`` with each sample's first stop token from there on; None where a sample goes on."""
+    written = ids[:, prompt:]
+    after = torch.isin(written, stops).cumsum(1) > 0
+    if not bool(after.any(1).all()) or bool((written.eq(mask_id) & ~after).any()):
+        return None
+    first = after.long().argmax(1, keepdim=True)
+    return torch.cat((ids[:, :prompt], torch.where(after, written.gather(1, first), written)), dim=1)
 
 
 def fill(
-    rows: slice, ids: Tensor, reader: Reader, sampler: Sampler, steps: int
+    rows: slice,
+    ids: Tensor,
+    reader: Reader,
+    sampler: Sampler,
+    steps: int,
+    sub_block: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Fill a block's ``rows`` of ids ``[B, T]``; yield the ids, and which are new, after each forward."""
+    """Fill a block's ``rows`` of ids ``[B, T]``, by parts of ``sub_block`` positions of it; yield the ids,
+    and which are new, after each forward."""
     left = rows.stop - rows.start  # masked tokens of a sample, as the schedule counts them
     steps = min(steps, left)
     for step in range(steps):
@@ -150,7 +189,8 @@ def fill(
         if only:
             chosen = masked & (torch.arange(masked.shape[1], device=ids.device) < only)
         else:
-            chosen = sampler.choose(confidence, masked, left, step, steps)
+            among = masked if sub_block is None else masked & _first_part(masked, sub_block)
+            chosen = sampler.choose(confidence, among, left, step, steps)
         left -= only or sampler.count(left, step, steps)
         new = torch.zeros_like(ids, dtype=torch.bool)
         new[:, rows] = chosen
@@ -159,6 +199,14 @@ def fill(
         yield ids, new
         if sampler.threshold is not None and not bool((masked & ~chosen).any()):
             return
+
+
+def _first_part(masked: Tensor, sub_block: int) -> Tensor:
+    """Bool ``[R]``: the first part of ``sub_block`` positions, counted back from the last of ``masked``
+    ``[B, R]``, in which any sample has a masked token."""
+    rows = masked.shape[1]
+    part = torch.arange(-rows, 0, device=masked.device) // sub_block
+    return part == part[masked.any(0).long().argmax()]
 
 
 def generate(

@@ -16,6 +16,13 @@ FLOAT64_ELEMENTS = 1 << 22  # 32 MB: logits turned to float64 at once
 DREAM_EPS = 1e-3  # the time at which Dream's schedule ends
 
 _SAMPLERS: dict[str, type[Sampler]] = {}
+# Published rules that are not masked filling, by the names that engines give them.
+_ELSEWHERE = {
+    "editing": "LLaDA2.1's token editing",
+    "joint_threshold": "LLaDA2.1's token editing",
+    "joint_threshold_indel": "LLaDA2.2's insertion and deletion",
+    "levenshtein_joint": "LLaDA2.2's insertion and deletion",
+}
 
 
 def register_sampler(name: str) -> Callable[[type[Sampler]], type[Sampler]]:
@@ -39,6 +46,11 @@ def make_sampler(
 ) -> Sampler:
     """The rule of that name. Raises ``ValueError`` for an unknown one, a threshold that it can't take, or
     limits out of range."""
+    if name in _ELSEWHERE:
+        raise ValueError(
+            f"algorithm {name!r} changes what is written ({_ELSEWHERE[name]}), and denoise only fills masked "
+            "tokens: run the model's own generate, with sp.track around it"
+        )
     if name not in _SAMPLERS:
         raise ValueError(f"algorithm must be one of {', '.join(sorted(_SAMPLERS))}, got {name!r}")
     sampler = _SAMPLERS[name]
