@@ -11,6 +11,7 @@ from pathlib import Path
 from sinkprune.adapters import Adapter, Facts, registered
 from sinkprune.adapters.live import LiveAdapter
 from sinkprune.adapters.transformers_attention import TransformersAdapter
+from sinkprune.commands import families_tables
 from sinkprune.models.published import native_of
 from sinkprune.targets import GGUF_FAMILIES
 
@@ -44,7 +45,8 @@ def page() -> str:
     known = [adapter for adapter in registered() if adapter.facts is not None]
     for adapter in sorted(known, key=lambda a: (_KINDS.index(_kind(a)), a.family)):
         lines.append("| " + " | ".join(row(adapter)) + " |")
-    return _HEAD + "\n".join(lines) + "\n"
+    table = "\n".join(lines) + "\n"
+    return _HEAD + table + families_tables.variations() + families_tables.sizes() + families_tables.LEFT_OUT
 
 
 _KINDS = ("native", "live object", "transformers class")
