@@ -24,11 +24,11 @@ def add_commands(commands: arguments.Commands) -> None:
         commands,
         "doctor",
         _doctor,
-        "Versions, hardware, and which backend runs what; or what a model is to the package.",
+        "Versions, hardware, and which backend runs what; or what a model folder is to the package.",
         "sinkprune doctor --json; sinkprune doctor tiny",
         device=False,
     )
-    sub.add_argument("model", nargs="?", help="tiny, or a local folder: say what it was recognised as")
+    sub.add_argument("model", nargs="?", help="tiny, or a local folder, with or without its weights")
 
 
 def _tune(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -48,7 +48,7 @@ def _tune(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from sinkprune.commands import doctor
+    from sinkprune.commands import doctor, examining
 
-    facts = doctor.diagnose() if options.model is None else doctor.recognise(options.model)
+    facts = doctor.diagnose() if options.model is None else examining.examine(options.model)
     return facts, doctor.describe(facts)
