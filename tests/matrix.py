@@ -1,5 +1,5 @@
-"""The families' tests under other versions of what the package stands on: a virtual environment a row, the row's
-packages on top of this environment's, and a table of what passed.
+"""The families' tests under other versions of what the package stands on: a virtual environment a row, the
+row's packages on top of this environment's, and a table of what passed.
 
 python tests/matrix.py --root /tmp/matrix [--only "transformers 5.24"] [--torch]      (make matrix)
 Rows of torch download gigabytes, so they are left out unless asked for.
