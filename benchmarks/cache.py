@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 import sinkprune as sp
 from sinkprune.checkpoints.checkpoint import asset
 from sinkprune.evaluation.footprint import cache_size
+from sinkprune.files import write_whole
 from sinkprune.planning.timing import interleaved
 from sinkprune.plans import block_parameters, layer_sizes
 
@@ -170,9 +170,7 @@ def write(path: Path, rows: list[Row], settings: dict[str, Any], device: str) ->
         "rows": [asdict(row) for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(part, path)
+    write_whole(path, json.dumps(document, indent=1) + "\n")
 
 
 @torch.inference_mode()

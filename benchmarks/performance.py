@@ -8,7 +8,6 @@ Every figure says whether it was measured or computed; what nobody measured is l
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from speed.latency_groups import geometry_of
 
 import sinkprune as sp
 from sinkprune.evaluation.footprint import longest, memory
+from sinkprune.files import write_whole
 from sinkprune.planning.costs import ceiling
 from sinkprune.planning.hardware import data_sheet
 from sinkprune.plans import LayerPlan
@@ -257,12 +257,6 @@ def readme_table(found: list[tuple[str, dict[str, Any]]]) -> str:
         "All rows, and targets met or not: [docs/performance.md](docs/performance.md).",
     ]
     return "\n".join(lines)
-
-
-def write_whole(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def between(text: str, inner: str) -> str:

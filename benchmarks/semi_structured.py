@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinkprune.files import write_whole
 from sinkprune.planning.timing import interleaved
 from sinkprune.pruning.sparsification.methods import Target, prune_magnitude
 
@@ -108,9 +109,7 @@ def main() -> int:
         "dtype": options.dtype,
         "rows": rows,
     }
-    part = folder / "semi_structured.json.part"
-    part.write_text(json.dumps(document, indent=1) + "\n")
-    part.replace(folder / "semi_structured.json")
+    write_whole(folder / "semi_structured.json", json.dumps(document, indent=1) + "\n")
     print(f"wrote {folder / 'semi_structured.json'}")
     return 0
 

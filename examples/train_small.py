@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sinkprune.files import whole_file
 from sinkprune.models.dream import DreamConfig
 from sinkprune.models.rotary import apply_rotary, rotary_table
 from sinkprune.models.small import DELTA, END, MASK, TABLE, find_base, read_base, read_tokenizer
@@ -83,9 +83,8 @@ def streams(run: Path) -> dict[str, Tensor]:
 
 def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Safetensors that are there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
-    os.replace(part, path)
+    with whole_file(path) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
 
 
 class Projection(torch.autograd.Function):

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
+from sinkprune.files import whole_file, write_whole
 from sinkprune.models.llada import LLaDA, LLaDAConfig
 
 VOCABULARY = 4096
@@ -229,11 +229,10 @@ def save_checkpoint(run: Path, model: LLaDA, optimizers: Optimizers, progress: d
     slot = "b" if any(name.startswith("state-a") for name in progress.get("shards", [])) else "a"
     for i, shard in enumerate(shards):  # never over the shards that the progress file names
         names.append(f"state-{slot}-{i}.safetensors")
-        save_file(shard, run / (names[-1] + ".part"))
-        os.replace(run / (names[-1] + ".part"), run / names[-1])
+        with whole_file(run / names[-1]) as part:
+            save_file(shard, part)
     progress["shards"] = names
-    (run / "progress.json.part").write_text(json.dumps(progress, indent=1))
-    os.replace(run / "progress.json.part", run / "progress.json")
+    write_whole(run / "progress.json", json.dumps(progress, indent=1))
 
 
 def load_checkpoint(run: Path, model: LLaDA, optimizers: Optimizers) -> dict | None:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkprune.files import write_whole
+
 LOG2E = math.log2(math.e)
 CONFIGS = Path(__file__).parent / "configs"
 # Key shares or query shares beyond this cost more to join than they win.
@@ -140,9 +142,7 @@ def write_tuned(path: Path, chosen: dict[Bucket, tuple[Tile, int]]) -> None:
         ],
         indent=1,
     )
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text + "\n")
-    part.replace(path)
+    write_whole(path, text + "\n")
 
 
 def bucket(

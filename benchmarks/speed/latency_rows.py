@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import json
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from speed.latency_groups import Case, Variant
 
 import sinkprune as sp
 from sinkprune.evaluation.footprint import counted_peak
+from sinkprune.files import whole_file, write_whole
 from sinkprune.planning.hardware import Roofs, device_name
 from sinkprune.planning.timing import interleaved
 
@@ -124,15 +124,13 @@ def write(folder: Path, rows: list[Row], device: str, command: str, roofs: Roofs
         "rows": [asdict(row) for row in rows],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "latency.json.part").write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(folder / "latency.json.part", folder / "latency.json")
-    with (folder / "latency.csv.part").open("w", newline="") as file:
+    write_whole(folder / "latency.json", json.dumps(document, indent=1) + "\n")
+    with whole_file(folder / "latency.csv") as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    os.replace(folder / "latency.csv.part", folder / "latency.csv")
-    plot(rows, folder / "latency.png.part")
-    os.replace(folder / "latency.png.part", folder / "latency.png")
+    with whole_file(folder / "latency.png") as part:
+        plot(rows, part)
 
 
 def plot(rows: list[Row], path: Path) -> None:

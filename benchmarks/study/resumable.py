@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sinkprune.files import write_whole
+
 Row = dict[str, Any]
 
 
@@ -59,6 +61,4 @@ class Rows:
             os.close(folder)
 
     def _write(self) -> None:
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(json.dumps({"settings": self.settings, "rows": self.rows}) + "\n")
-        os.replace(part, self.path)
+        write_whole(self.path, json.dumps({"settings": self.settings, "rows": self.rows}) + "\n")

@@ -6,9 +6,6 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +27,7 @@ from sinkprune.checkpoints.layout import (
     read_json,
     weight_files,
 )
+from sinkprune.files import check_folder, whole_folder
 from sinkprune.models import small
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE, native_kind, native_of
@@ -99,7 +97,12 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -
             raise ValueError(f"{folder}: the plan in {MANIFEST} does not fit config.json")
         if form == "compact":
             lay_out_compact(model, plan)
-    _fill(model, weight_files(folder), torch.device(device), dtype)
+    files = weight_files(folder)
+    if manifest is not None:
+        _require_vouched(
+            folder, manifest, ["config.json", *(path.relative_to(folder).as_posix() for path in files)]
+        )
+    _fill(model, files, torch.device(device), dtype)
     model.eval()
     if plan is not None and form is not None:
         if form == "mask":  # the manifest vouches for the weights, whose fingerprint another dtype may change
@@ -136,14 +139,9 @@ def save(
     sparsity: Sparsity | None = getattr(model, "sparsity", None)
     model = as_native(model)
     config = describe_model(model)
-    if folder.exists() and not (overwrite and (folder / MANIFEST).exists()):
-        raise FileExistsError(
-            f"{folder} exists; choose another path (overwrite=True replaces what save wrote)"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        names = write_shards(model, part, shard_bytes)
+    require_place(folder, overwrite)
+    with whole_folder(folder, _require_ours if overwrite else None) as part:
+        write_shards(model, part, shard_bytes)
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         side_files.copy(model, part, config, tokenizer=tokenizer is None, missing_ok=True)
         if tokenizer is not None:
@@ -156,26 +154,34 @@ def save(
             "plan": None if plan is None else plan.to_dict(),
             "sparsity": None if sparsity is None else sparsity.to_dict(),
             "provenance": {"sinkprune": __version__, "torch": torch.__version__},
-            "sha256": {name: _sha256(part / name) for name in ["config.json", *names]},
+            "complete": True,
+            "sha256": hashes_of(part),
         }
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        part.chmod(0o755)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            os.replace(folder, old / "it")
-            try:
-                os.replace(part, folder)
-            except BaseException:
-                os.replace(old / "it", folder)
-                raise
-            finally:
-                shutil.rmtree(old)
-        else:
-            os.replace(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return folder
+
+
+def require_place(folder: Path, overwrite: bool) -> None:
+    """Raise ``FileExistsError`` where ``save`` would refuse to write ``folder``."""
+    if folder.is_dir() and not folder.is_symlink() and not overwrite:
+        raise FileExistsError(
+            f"{folder} exists; choose another path (overwrite=True replaces what save wrote)"
+        )
+    check_folder(folder, _require_ours)
+
+
+def _require_ours(folder: Path) -> None:
+    """Raise ``FileExistsError`` unless ``save`` wrote every file of ``folder``."""
+    try:
+        hashes = read_json(folder / MANIFEST)["sha256"]
+        known = {MANIFEST, side_files.GENERATION, *side_files.TOKENIZER, *hashes}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FileExistsError(f"{folder} holds no checkpoint that save wrote; choose another path") from None
+    foreign = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    foreign = [name for name in foreign if name not in known]
+    if not hashes or foreign:
+        names = ", ".join(foreign[:3]) or "nothing that its manifest names"
+        raise FileExistsError(f"{folder} holds {names}, which save did not write; choose another path")
 
 
 def asset(name: str) -> Path:
@@ -207,12 +213,26 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     fits = plan is None if form == "dense" else isinstance(plan, dict)
     if form not in ("dense", "mask", "compact") or not fits or not isinstance(hashes, dict):
         raise ValueError(f"{path}: malformed manifest")
-    for name, expected in manifest["sha256"].items():
+    for name, expected in hashes.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{path}: sha256 names {name!r}, which is not in the folder")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing")
         if _sha256(folder / name) != expected:
             raise ValueError(f"{folder / name} is damaged or was changed: its sha256 differs from {MANIFEST}")
     return manifest
+
+
+def _require_vouched(folder: Path, manifest: dict[str, Any], names: list[str]) -> None:
+    """Raise ``ValueError`` for a file that would be read and that ``manifest`` gives no hash of."""
+    if (folder / INDEX).exists():
+        names = [INDEX, *names]
+    if manifest.get("complete"):  # manifests from before did not name what goes with the weights
+        beside = (side_files.GENERATION, *side_files.TOKENIZER)
+        names += [name for name in beside if (folder / name).exists()]
+    for name in names:
+        if name not in manifest["sha256"]:
+            raise ValueError(f"{folder / name} is not named by {MANIFEST}, which vouches for what is read")
 
 
 def as_native(model: nn.Module) -> nn.Module:
@@ -364,9 +384,12 @@ def _load_tokenizer(folder: Path) -> Any:
     return None
 
 
+def hashes_of(folder: Path) -> dict[str, str]:
+    """The sha256 of every file in ``folder``, by its path inside."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

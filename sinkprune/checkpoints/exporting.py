@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,10 +12,11 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
 from sinkprune.checkpoints import gguf_writing, own_family, ragged, side_files
-from sinkprune.checkpoints.checkpoint import as_native, describe_model, write_shards, write_tensors
+from sinkprune.checkpoints.checkpoint import as_native, describe_model, hashes_of, write_shards, write_tensors
 from sinkprune.checkpoints.fitting import check_target
 from sinkprune.checkpoints.rebuilding import MANIFEST
 from sinkprune.checkpoints.trees import trim
+from sinkprune.files import whole_file, whole_folder
 from sinkprune.plans import PrunePlan
 from sinkprune.targets import TARGETS, Target
 from sinkprune.version import __version__
@@ -116,15 +113,8 @@ def _write_gguf(model: nn.Module, out: Path, dtype: str | None, tokenizer: Any) 
     if plan is not None:
         notes["plan"] = gguf_writing.note_of(plan.to_dict())
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
+    with whole_file(out) as part:
         gguf_writing.write_gguf(trimmed, part, dtype=dtype, tokenizer=tokenizer, notes=notes)
-        part.chmod(0o644)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
     return out
 
 
@@ -138,9 +128,7 @@ def _write_folder(
     target: Target,
     tokenizer: Any,
 ) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with whole_folder(out) as part:
         if isinstance(tensors, nn.Module):
             write_shards(tensors, part)
         else:
@@ -160,16 +148,6 @@ def _write_folder(
             "family": adapter_for(model).family,
             "config": dense,
             "plan": plan.to_dict(),
-            "sha256": {path.name: _sha256(path) for path in sorted(part.iterdir())},
+            "sha256": hashes_of(part),
         }
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        part.chmod(0o755)
-        os.replace(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

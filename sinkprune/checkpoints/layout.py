@@ -62,6 +62,8 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
         promised: dict[Path, list[str] | None] = {}
         weight_map = read_json(folder / INDEX).get("weight_map")
         for tensor, name in weight_map.items() if isinstance(weight_map, dict) else ():
+            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{folder / INDEX}: {name!r} is not the name of a file in the folder")
             names = promised.setdefault(folder / name, [])
             assert names is not None
             names.append(tensor)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from sinkprune.files import check_file
+
 DEFAULT_CRITERION = "reconstruction"  # as in planning, which would import torch for --help
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -154,16 +156,18 @@ def output_folder(path: str) -> Path:
 def new_folder(path: str, overwrite: bool) -> Path:
     """A checkpoint's folder to be, refused before any long work where something is there already."""
     folder = Path(path)
-    if folder.exists() and not overwrite:
+    if folder.is_dir() and not overwrite:
         raise FileExistsError(f"{folder} exists; choose another path, or --overwrite what was saved before")
+    from sinkprune.checkpoints import checkpoint
+
+    checkpoint.require_place(folder, overwrite)
     return folder
 
 
 def output_file(path: str) -> Path:
     """The file's path, its folder checked before any long work."""
     file = Path(path)
-    if file.is_dir():
-        raise IsADirectoryError(f"{file} is a folder, expected a file to write")
+    check_file(file)
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise FileNotFoundError(f"{file.parent} is not a folder that can be written")
     return file

@@ -9,7 +9,6 @@ import importlib.resources
 import io
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 from sinkprune.adapters import adapter_for
 from sinkprune.evaluation.predictions import NOISE_LEVELS, Quality, evaluate
 from sinkprune.evidence.profiles import SinkProfile
+from sinkprune.files import write_whole
 from sinkprune.generation.denoising import generate
 from sinkprune.planning.costs import ceiling, ceilings
 from sinkprune.planning.hardware import roofs
@@ -177,8 +177,7 @@ def write(report: dict[str, Any], plan: PrunePlan, profile: SinkProfile, folder:
     files["report.json"] = (json.dumps(report, indent=1) + "\n").encode()
     files["report.html"] = html.encode()
     for name, data in files.items():
-        (folder / (name + ".part")).write_bytes(data)
-        os.replace(folder / (name + ".part"), folder / name)
+        write_whole(folder / name, data)
     return folder / "report.html"
 
 

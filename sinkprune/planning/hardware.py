@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from sinkprune.files import write_whole
+
 SCHEMA = 1
 
 
@@ -190,6 +192,4 @@ def _read(path: Path) -> Roofs | None:
 
 def _write(path: Path, value: Roofs) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps({"schema": SCHEMA, **asdict(value)}, indent=1) + "\n")
-    part.replace(path)
+    write_whole(path, json.dumps({"schema": SCHEMA, **asdict(value)}, indent=1) + "\n")

@@ -7,7 +7,6 @@ where it falls, so that a plan can stop on the steps (`sinkprune.planning.latenc
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from sinkprune.adapters import adapter_for
+from sinkprune.files import write_whole
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.rotary import rotary_table
 from sinkprune.planning.costs import Operation, attention_operations, mlp_operations, step_operations
@@ -112,15 +112,7 @@ class LatencyTable:
             "mlp": [[*key, seconds] for key, seconds in self.mlp.items()],
             "rest": [[key, seconds] for key, seconds in self.rest.items()],
         }
-        path = Path(path)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(
-                json.dumps({"schema": SCHEMA, "kind": "latency_table", **values}, indent=1) + "\n"
-            )
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, json.dumps({"schema": SCHEMA, "kind": "latency_table", **values}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:

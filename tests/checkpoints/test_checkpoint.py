@@ -1,10 +1,14 @@
 """Saving and loading: the same bits back, or one clear error and nothing half-written."""
 
+import errno
+import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 
+import hf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +25,7 @@ from toys import (  # noqa: F401
 )
 
 import sinkprune as sp
-from sinkprune.checkpoints import checkpoint
+from sinkprune import files
 
 KEPT = [[0, 2], [1], [0, 1, 3]]
 CHANNELS = [list(range(0, 40, 3)), None, [5]]
@@ -52,11 +56,11 @@ def test_what_is_saved_loads_bit_for_bit(tmp_path, form, changes, shard_bytes):
     assert getattr(back, "prune_plan", None) == getattr(model, "prune_plan", None)
     assert not back.training
     assert tokenizer is None
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert (len(files) == 1) == (shard_bytes == 10**9)
-    assert all(os.path.getsize(folder / name) > 0 for name in files)
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert (len(names) == 1) == (shard_bytes == 10**9)
+    assert all(os.path.getsize(folder / name) > 0 for name in names)
     if shard_bytes == 20_000:
-        assert all(sum(t.nbytes for t in load_file(folder / name).values()) <= 20_000 for name in files)
+        assert all(sum(t.nbytes for t in load_file(folder / name).values()) <= 20_000 for name in names)
 
 
 @pytest.mark.parametrize("form", ["dense", "mask", "compact"])
@@ -332,24 +336,82 @@ def test_our_checkpoint_is_replaced_only_when_asked(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-@pytest.mark.parametrize("moment", ["writing", "renaming"])
+@pytest.mark.parametrize("moment", ["writing", "exchanging", "renaming"])
 def test_a_failed_overwrite_keeps_the_old_checkpoint(tmp_path, monkeypatch, moment):
     folder = sp.save(pruned("dense"), tmp_path / "m")
     before = snapshot(tmp_path)
-    replace, calls = os.replace, []
+    rename, calls = os.rename, []
+
+    def fail(*_):
+        raise OSError(errno.EIO if moment == "exchanging" else errno.ENOSYS, "the disk went away")
 
     def fail_at_the_second(source, target):
         calls.append(target)
         if len(calls) == 2:
             raise OSError("the disk went away")
-        replace(source, target)
+        rename(source, target)
 
     tokenizer = BrokenTokenizer() if moment == "writing" else None
+    if moment != "writing":
+        monkeypatch.setattr(files, "_rename", fail)
     if moment == "renaming":
-        monkeypatch.setattr(checkpoint.os, "replace", fail_at_the_second)
+        monkeypatch.setattr(files.os, "rename", fail_at_the_second)
     with pytest.raises(OSError, match="disk"):
         sp.save(pruned("compact"), folder, overwrite=True, tokenizer=tokenizer)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("owner", ["theirs", "ours"])
+def test_files_that_save_did_not_write_are_never_deleted(tmp_path, owner):
+    folder = tmp_path / "m"
+    if owner == "ours":
+        sp.save(pruned("compact"), folder, tokenizer=WordTokenizer())
+    else:
+        folder.mkdir()
+        (folder / "sinkprune.json").write_text("{}")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "thesis.tex").write_text("years of work")
+    before = snapshot(tmp_path)
+    with pytest.raises(FileExistsError, match=r"inner/thesis\.tex|no checkpoint that save wrote"):
+        sp.save(pruned("dense"), folder, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_every_file_that_save_writes_is_named_with_its_hash(tmp_path):
+    folder = sp.save(pruned("compact"), tmp_path / "m", tokenizer=WordTokenizer(), shard_bytes=20_000)
+    found = snapshot(folder)
+    hashes = json.loads(found.pop("sinkprune.json"))["sha256"]
+    assert hashes == {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
+    assert len(hashes) > 3 and "words.json" in hashes
+
+
+@pytest.mark.parametrize("family", ["llada", "bert"])
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "tokenizer.json"])
+def test_a_file_without_a_hash_is_never_read(tmp_path, family, name):
+    """A file beside hashed weights, which would be read instead of them or with them."""
+    model = pruned("dense") if family == "llada" else hf.build("bert")
+    folder = sp.save(model, tmp_path / "m")
+    zeros = {k: torch.zeros_like(v) for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(zeros, folder / "x.safetensors")
+    (folder / name).write_text(json.dumps({"weight_map": dict.fromkeys(zeros, "x.safetensors")}))
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is not named by sinkprune\.json"):
+        sp.load(folder)
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "/out.safetensors", 7])
+def test_names_outside_the_folder_are_refused(tmp_path, name):
+    folder = published(tmp_path / "m")
+    (folder / "model.safetensors").rename(tmp_path / "out.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="is not the name of a file in the folder"):
+        sp.load(folder)
+    ours = sp.save(pruned("dense"), tmp_path / "ours")
+    manifest = json.loads((ours / "sinkprune.json").read_text())
+    manifest["sha256"] = {str(name): "0" * 64} | manifest["sha256"]
+    (ours / "sinkprune.json").write_text(json.dumps(manifest))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"is not in the folder|7 is missing"):
+        sp.load(ours)
 
 
 def test_a_relative_path_with_a_slash_is_fine(tmp_path, monkeypatch):
