@@ -201,7 +201,7 @@ def test_a_checkpoint_is_not_overwritten_unasked(made, tmp_path, capsys):
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     arguments = ["apply", "tiny", "--plan", made / "plan.json", "--out", tmp_path / "mine"]
     assert "exists" in refused(capsys, *arguments)
-    assert "exists" in refused(capsys, *arguments, "--overwrite")
+    assert "choose another path" in refused(capsys, *arguments, "--overwrite")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
 
 
