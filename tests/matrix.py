@@ -71,7 +71,7 @@ def run(name: str, packages: list[str], root: Path, tests: list[str]) -> str:
     if done.returncode:
         return "could not be installed: " + " ".join(done.stderr.split())[-200:]
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [python, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     (root / f"{folder.name}.txt").write_text(done.stdout + done.stderr)

@@ -152,9 +152,10 @@ class DreamLayers(LiveLayers):
 
 
 def _is_dream(attention: nn.Module | None) -> bool:
-    """LLaDA-MoE and SDAR, which predict in place, norm each head's queries."""
+    """LLaDA-MoE and SDAR, which predict in place, norm each head's queries; iLLaDA has no biases."""
     return (
         calls_attention(attention, DreamLayers.attention_names.values(), _COUNTS)
         and not getattr(attention, "is_causal", False)
         and not hasattr(attention, "q_norm")
+        and getattr(getattr(attention, "q_proj", None), "bias", True) is not None
     )

@@ -1,11 +1,14 @@
-"""iLLaDA: the native one."""
+"""iLLaDA: the native one, and live objects of the published code."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import nn
 
 from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.dream import NativeDream
+from sinkprune.adapters.live_layers import LiveLayers, calls_attention, layers_of
 from sinkprune.models.dream import DreamConfig
 from sinkprune.models.illada import ILLaDAConfig
 
@@ -18,3 +21,32 @@ class NativeILLaDA(NativeDream):
     facts = Facts("iLLaDA-8B", export="yes; heads with a modelling file of ours")
     shift = 0
     CONFIG: ClassVar[type[DreamConfig]] = ILLaDAConfig
+
+
+_COUNTS = ("num_heads", "num_key_value_heads", "num_key_value_groups", "head_dim", "hidden_size")
+
+
+@register_adapter
+class ILLaDALayers(LiveLayers):
+    """``model.model.layers`` of a bidirectional Llama tree without biases and without a norm of queries.
+
+    The published code counts its heads in the attention module, and calls PyTorch's attention under "sdpa"
+    alone. Plans of the native iLLaDA fit, and its plans fit there.
+    """
+
+    family = "illada"
+    facts = Facts("iLLaDA-8B")
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        layers = layers_of(model)
+        return bool(layers) and all(_is_illada(getattr(layer, "self_attn", None)) for layer in layers)
+
+
+def _is_illada(attention: Any) -> bool:
+    return (
+        calls_attention(attention, ILLaDALayers.attention_names.values(), _COUNTS)
+        and not getattr(attention, "is_causal", False)
+        and not hasattr(attention, "q_norm")
+        and attention.q_proj.bias is None
+    )

@@ -11,6 +11,7 @@ from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.transformers_attention import TransformersAdapter
 
 _QKVO = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+_SAMPLERS = ("generate_block", "generate_wedlm", "linear_spec_generate")  # methods of diffusion models
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
@@ -23,6 +24,11 @@ class TransformersDecoder(TransformersAdapter):
         "Llama, Qwen2, Qwen3 and others of their tree, causal or bidirectional",
         channels="dense layers only; experts keep theirs",
     )
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        """Not diffusion models built on these classes, whose own sampler says who sees whom."""
+        return not any(hasattr(model, name) for name in _SAMPLERS) and super().recognises(model)
 
     @staticmethod
     def fits(block: nn.Module) -> bool:

@@ -91,9 +91,9 @@ LEFT_OUT = """
 - **LLaDA2.2** (-mini, -flash): it routes a block's tokens together (`expert_capacity`), and inserts and
   deletes tokens. Its modelling code could not be had, only descriptions of it: a config with
   `expert_capacity` is refused by name, and so is its sampler.
-- **RND1** (radicalnumerics/RND1, modeling_rnd.py): Qwen3-MoE's tree, bidirectional, logits of the next token,
-  the mask token 151669. Not native; a live object of its code is recognised as none of ours.
-- **SDAR-MoE**, **LLaDA-MoE**: not native; LLaDA-MoE is read as a live object.
+- **RND1**, **LLaDA-MoE**: live objects only. **SDAR-MoE**: neither.
+- Live objects of **Stable-DiffCoder**, **WeDLM** and **Nemotron-Labs-Diffusion**: refused rather than taken
+  for the Llama, Qwen or Ministral that their classes build on; their folders load natively.
 - **Nemotron-Labs-Diffusion** beyond 16,384 positions, and its autoregressive and self-speculative ways of
   writing; its 14B (no config.json of it could be had).
 - **Stable-DiffCoder** cuts the last block where a prompt ends within one; ours fills it whole.

@@ -56,6 +56,7 @@ class NoAttention(nn.Module):
         self.index = index
 
     def forward(self, hidden_states: Tensor, past_key_values: Any = None, **keys: Any) -> tuple[Tensor, None]:
+        past_key_values = keys.get("cache") if past_key_values is None else past_key_values
         if past_key_values is not None:  # a cache counts its tokens by those of its first layer
             token = hidden_states.new_zeros(*hidden_states.shape[:2], 1)[:, None]
             past_key_values.update(token, token, self.index)
@@ -100,7 +101,7 @@ class TrimmedModel(Qwen3Model):
         blocks."""
         if self.config.block_size and (attention_mask is None or attention_mask.dim() == 2):
             inputs = keys["inputs_embeds"] if input_ids is None else input_ids
-            past = keys.get("past_key_values")
+            past = keys.get("past_key_values", keys.get("cache"))  # transformers 5.24 calls it cache
             attention_mask = self.block_mask(
                 attention_mask, inputs, 0 if past is None else past.get_seq_length()
             )

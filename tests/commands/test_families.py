@@ -8,6 +8,7 @@ import torch
 import transformers
 from block_causals import toy_llada2, toy_sdar
 from ddit_twins import ddit_twin
+from decoder_twins import fast_dllm_twin, illada_twin, rnd1_twin
 from decoders import FAMILIES as DECODERS
 from dreams import toy_dream
 from hf import build, diffusion_gemma
@@ -28,6 +29,7 @@ TOYS = {
     "NativeNemotronDiffusion": DECODERS["nemotron_labs_diffusion"].toy,
     "DDiTBlocks": lambda: ddit_twin("sdpa"), "DreamLayers": dream_twin, "LLaDABlocks": llada_twin,
     "LLaDA2Layers": llada2_twin, "LLaDAMoELayers": llada_moe_twin, "SDARLayers": sdar_twin,
+    "ILLaDALayers": illada_twin, "RND1Layers": rnd1_twin, "FastDLLMLayers": fast_dllm_twin,
     "TransformersDecoder": lambda: build("qwen3"), "TransformersBert": lambda: build("bert"),
     "TransformersModernBert": lambda: build("modernbert"), "TransformersDiffusionGemma": diffusion_gemma,
 }  # fmt: skip
