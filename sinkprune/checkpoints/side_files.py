@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from sinkprune.checkpoints.hub import name_of_cached
+
 GENERATION = "generation_config.json"
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -32,9 +34,9 @@ def source_of(model: nn.Module) -> Path | None:
 
 
 def name_of(model: nn.Module) -> str:
-    """The name of that folder, or ``""``."""
+    """The name of that folder, or of the model on the hub with its commit, or ``""``."""
     source = source_of(model)
-    return "" if source is None else source.resolve().name
+    return "" if source is None else name_of_cached(source) or source.resolve().name
 
 
 def loads_by_itself(model: nn.Module) -> bool:

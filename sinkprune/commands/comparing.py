@@ -17,7 +17,7 @@ def add_commands(commands: arguments.Commands) -> None:
         "Compare a dense checkpoint with its pruned form.",
         "sinkprune report tiny pruned/ --profile profile.safetensors --out report/",
     )
-    sub.add_argument("dense", help="tiny, or a local folder")
+    sub.add_argument("dense", help="tiny, a local folder, or org/name[@revision] on the hub")
     sub.add_argument("pruned", help="a folder written by 'sinkprune apply'")
     sub.add_argument("--profile", required=True, help="the profile that the plan came from")
     sub.add_argument("--text", help="held-out text (default: the embedded one)")

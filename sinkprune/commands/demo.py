@@ -14,7 +14,11 @@ def add_commands(commands: arguments.Commands) -> None:
         commands, "demo", _demo, "The whole story on one model.", "sinkprune demo --out demo-out"
     )
     sub.add_argument("--out", required=True, help="folder for report.html, report.json and pictures")
-    sub.add_argument("--model", default="tiny", help="tiny, small or a local folder (default: %(default)s)")
+    sub.add_argument(
+        "--model",
+        default="tiny",
+        help="tiny, small, a local folder or org/name on the hub (default: %(default)s)",
+    )
     sub.add_argument("--prompts", type=int, default=8, help="trajectories profiled (default: %(default)s)")
     sub.add_argument("--steps", type=int, default=64, help="forwards (default: %(default)s)")
     sub.add_argument("--gen-length", type=int, default=128, help="new tokens profiled (default: %(default)s)")

@@ -16,7 +16,7 @@ def add_commands(commands: arguments.Commands) -> None:
         "Time the kernels' tiles on this GPU for a model's shapes and keep the fastest (opt-in).",
         "sinkprune tune path/to/LLaDA-8B --length 1024 --length 4096 --device cuda",
     )
-    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("model", help="tiny, a local folder, or org/name[@revision] on the hub")
     sub.add_argument("--length", type=int, action="append", required=True, help="may be repeated")
     sub.add_argument("--batch", type=int, default=1)
 
@@ -28,7 +28,11 @@ def add_commands(commands: arguments.Commands) -> None:
         "sinkprune doctor --json; sinkprune doctor tiny",
         device=False,
     )
-    sub.add_argument("model", nargs="?", help="tiny, or a local folder, with or without its weights")
+    sub.add_argument(
+        "model",
+        nargs="?",
+        help="tiny, a local folder, with or without its weights, or org/name[@revision] on the hub",
+    )
 
 
 def _tune(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -22,7 +22,7 @@ def _add_profile(commands: arguments.Commands) -> None:
         "Gather sink statistics over real denoising trajectories.",
         'sinkprune profile tiny --prompt "My fellow citizens" --out profile.safetensors',
     )
-    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("model", help="tiny, a local folder, or org/name[@revision] on the hub")
     sub.add_argument("--prompt", action="append", help="a prompt; may be repeated")
     sub.add_argument("--text", help="take prompts from this text file")
     sub.add_argument("--prompts", type=int, default=8, help="how many from --text (default: %(default)s)")
@@ -69,7 +69,7 @@ def _add_plan(commands: arguments.Commands) -> None:
         "Decide what to remove.",
         "sinkprune plan tiny --profile profile.safetensors --ratio 0.38 --out plan.json",
     )
-    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("model", help="tiny, a local folder, or org/name[@revision] on the hub")
     sub.add_argument("--profile", help="from 'sinkprune profile', for criteria that need it")
     arguments.add_criterion_flags(sub)
     sub.add_argument("--allocation", default="global", help="global, uniform or equal (default: %(default)s)")
@@ -165,7 +165,7 @@ def _add_apply(commands: arguments.Commands) -> None:
         "Prune a model and save it.",
         "sinkprune apply tiny --plan plan.json --out pruned/",
     )
-    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("model", help="tiny, a local folder, or org/name[@revision] on the hub")
     sub.add_argument("--plan", required=True, help="from 'sinkprune plan'")
     sub.add_argument("--mode", default="compact", help="compact or mask (default: %(default)s)")
     sub.add_argument(

@@ -16,7 +16,7 @@ def add_commands(commands: arguments.Commands) -> None:
         "Quality on text: the masked NLL bound, and what the model writes; paired with another model's.",
         "sinkprune eval pruned/ --against tiny --text held_out.txt --generation",
     )
-    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("model", help="tiny, a local folder, or org/name[@revision] on the hub")
     sub.add_argument("--against", help="another model, say the dense one: differences with 95 %% intervals")
     sub.add_argument("--text", help="a UTF-8 text file (default: the embedded held-out text)")
     sub.add_argument("--windows", type=int, default=32, help="windows of text (default: %(default)s)")

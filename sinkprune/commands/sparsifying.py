@@ -16,7 +16,7 @@ def add_commands(commands: arguments.Commands) -> None:
         "Set weights to zero (the paper's own form of pruning) and save the model.",
         "sinkprune sparsify tiny --method sink_wanda --sparsity 0.5 --pattern 2:4 --out sparse/",
     )
-    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("model", help="tiny, a local folder, or org/name[@revision] on the hub")
     sub.add_argument(
         "--method",
         default="sparsegpt",

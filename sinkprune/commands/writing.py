@@ -16,7 +16,7 @@ def add_commands(commands: arguments.Commands) -> None:
         "Continue a prompt.",
         'sinkprune generate tiny "My fellow citizens" --steps 64 --gen-length 64',
     )
-    sub.add_argument("model", help="tiny, or a local folder")
+    sub.add_argument("model", help="tiny, a local folder, or org/name[@revision] on the hub")
     sub.add_argument("prompt")
     arguments.add_sampler_flags(sub, 64)
     sub.add_argument("--algorithm", help="low_confidence, random, or Dream's origin, maskgit_plus, …")

@@ -275,10 +275,8 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
 
 
 def test_a_folder_that_is_not_there_or_has_no_weights_is_said_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected 'tiny', 'small' or a local folder"):
+    with pytest.raises(FileNotFoundError, match="expected 'tiny', 'small', a local folder"):
         sp.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="expected 'tiny', 'small' or a local folder"):
-        sp.load("GSAI-ML/LLaDA-8B-Base")  # nothing is ever downloaded
     folder = published(tmp_path / "m")
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors"):

@@ -145,7 +145,7 @@ def test_doctor_names_versions_and_backends(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "no/such/folder", "hello"], "expected 'tiny', 'small' or a local folder with"),
+        (["generate", "no/such/folder", "hello"], "expected 'tiny', 'small', a local folder with"),
         (["generate", "tiny", ""], "a prompt must have at least one token"),
         (["generate", "tiny", "word " * 600], "exceed the context of 512"),
         (["generate", "tiny", "a", "--steps", "200"], "at most gen_length=64, got 200"),
