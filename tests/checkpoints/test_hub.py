@@ -144,6 +144,7 @@ def test_what_is_not_there_is_said_in_one_line(published, cache, monkeypatch, ca
                 sp.load(source)
             assert words in str(error.value) and "\n" not in str(error.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    capsys.readouterr()
     assert main(["plan", "org/other", "--out", "plan.json"]) == 2
     told = capsys.readouterr().err
     assert "HF_HUB_OFFLINE forbids looking further" in told and str(cache) in told and told.count("\n") == 1
