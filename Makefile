@@ -8,7 +8,7 @@ REACTIONS ?=
 MODEL ?= tiny
 RUN ?= runs/small
 
-.PHONY: setup demo train-small test study sanitize kernels-table lint clean
+.PHONY: setup demo train-small test matrix study sanitize kernels-table lint clean
 
 setup: $(VENV)/.built
 
@@ -35,6 +35,10 @@ train-small: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# The families' tests under other versions of transformers, numpy and triton: the table of CONTRIBUTING.md.
+matrix: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py --root $(or $(ROOT),/tmp/sinkprune-matrix)
 
 # Measure every criterion, the claims and weight-level pruning, and write docs/study.md (resumable).
 study: setup

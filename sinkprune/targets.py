@@ -54,6 +54,7 @@ GGUF_FAMILIES = {
     "llada": ("llada", "deci"),
     "dream": ("dream", "deci"),
     "sdar": ("qwen3",),
+    "illada": ("llada", "deci"),
     "llada_moe": ("llada-moe",),
     DECODER: ("llada", "dream", "rnd1", "qwen3", "deci"),  # by what it has; bidirectional ones
 }
@@ -101,7 +102,7 @@ TARGETS = {
             "transformers",
             "5.17.0",
             "loads exports of all families but llada2_moe without this package and compares their logits",
-            ("llada", "dream", "sdar", "llada2_moe", DECODER),
+            ("llada", "illada", "dream", "sdar", "llada2_moe", DECODER),
             equal=False,
             biases=True,
             notes="llada2_moe only with its own code, copied from where it was loaded",

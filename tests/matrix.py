@@ -22,13 +22,16 @@ TESTS = (
     "tests/checkpoints/test_transformers.py", "tests/checkpoints/test_checkpoint.py",
 )  # fmt: skip
 ROWS = {
-    "transformers 4.57": ["transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1"],
+    "transformers 4.57": [
+        "transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1", "requests==2.32.5",
+        "urllib3==2.5.0", "idna==3.10", "certifi==2025.8.3", "charset-normalizer==3.4.3",
+    ],
     "transformers 5.0": ["transformers==5.0.0", "huggingface-hub==1.3.0", "tokenizers==0.22.2"],
     "transformers 5.17": ["transformers==5.17.0"],
     "transformers 5.24": ["transformers==5.24.0"],
     "numpy 2.0": ["numpy==2.0.2"],
     "triton 3.9": ["triton==3.9.0"],
-}
+}  # fmt: skip
 TORCH_ROWS = {f"torch 2.{minor}": [f"torch==2.{minor}.0"] for minor in (11, 12, 14)}
 
 

@@ -32,6 +32,8 @@ CASES = {
     "dream, ragged": ("dream", RAGGED, SOME, "deci"),
     "sdar": ("sdar", EQUAL, NARROW, "qwen3"),
     "sdar, tied": ("sdar, tied", EQUAL, NARROW, "qwen3"),
+    "illada": ("illada", EQUAL, NARROW, "llada"),
+    "illada, ragged": ("illada", RAGGED, SOME, "deci"),
     "rnd1": ("rnd1", EQUAL, None, "rnd1"),
     "llama": ("llama", EQUAL, NARROW, "llada"),
     "llama, biases, ragged": ("llama, biases", [[0], [2, 3], [0, 1, 3]], SOME, "deci"),

@@ -21,6 +21,8 @@ CASES = {
     "llada, groups": ("llada, groups", RAGGED, SOME),
     "dream, equal": ("dream", EQUAL, NARROW),
     "dream, ragged": ("dream", RAGGED, SOME),
+    "illada, equal": ("illada", EQUAL, NARROW),
+    "illada, ragged": ("illada", RAGGED, SOME),
     "sdar, equal": ("sdar", EQUAL, NARROW),
     "sdar, ragged": ("sdar", RAGGED, SOME),
     "sdar, tied": ("sdar, tied", RAGGED, SOME),

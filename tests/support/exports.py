@@ -3,6 +3,7 @@
 import torch
 import transformers
 from block_causals import toy_llada2, toy_sdar
+from decoders import FAMILIES as DECODERS
 from dreams import toy_dream
 from hf import build
 from layer_twins import llada_moe_twin
@@ -44,6 +45,7 @@ MODELS = {
     "dream, tied": lambda: toy_dream(tie_word_embeddings=True),
     "sdar": toy_sdar,
     "sdar, tied": lambda: toy_sdar(tie_word_embeddings=True),
+    "illada": DECODERS["illada"].toy,
     "llada2": toy_llada2,
     "llada_moe": lambda: llada_moe_twin(moe_layer_freq=[1, 1, 1]),
     "rnd1": toy_rnd1,
