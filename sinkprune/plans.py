@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from sinkprune.files import write_whole
 
 
@@ -171,8 +169,3 @@ def all_layer_sizes(geometry: Geometry, plan: PrunePlan | None) -> list[tuple[in
     """``layer_sizes`` of every layer."""
     layers = range(geometry.num_layers)
     return [layer_sizes(geometry, i, None if plan is None else plan.layers[i]) for i in layers]
-
-
-def mark(model: nn.Module, plan: PrunePlan | None, form: str) -> None:
-    """Note on the model what was done to it."""
-    model.prune_plan, model.prune_form = plan, form  # type: ignore[assignment]

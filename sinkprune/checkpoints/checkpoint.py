@@ -29,6 +29,7 @@ from sinkprune.checkpoints.layout import (
 )
 from sinkprune.files import check_folder, whole_folder
 from sinkprune.models import small
+from sinkprune.models.marks import mark
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE, native_kind, native_of
 from sinkprune.models.transformers_native import (
@@ -36,7 +37,7 @@ from sinkprune.models.transformers_native import (
     is_transformers_native,
     load_published,
 )
-from sinkprune.plans import PrunePlan, mark
+from sinkprune.plans import PrunePlan
 from sinkprune.pruning.repacking import apply, compact_mlp
 from sinkprune.pruning.sparsification.note import Sparsity
 from sinkprune.version import __version__

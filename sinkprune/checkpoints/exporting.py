@@ -65,6 +65,16 @@ def export(
             f"dtype is of GGUF files; a folder keeps the model's, got dtype={dtype!r} for {to!r}"
         )
     config = describe_model(model)
+    tensors, smaller_config, code = folder_content(model, target, to)
+    _write_folder(model, out, tensors, smaller_config, code, config, target, tokenizer)
+    return out
+
+
+def folder_content(
+    model: nn.Module, target: Target, to: str
+) -> tuple[nn.Module | dict[str, Tensor], dict[str, Any], bool]:
+    """What a folder would hold: a smaller model or its tensors, its config, and whether our modelling file
+    goes with it. Raises what ``export`` raises."""
     adapter = adapter_for(model)
     if adapter.form != "compact" or getattr(model, "prune_plan", None) is None:
         raise ValueError(f"the model is in {adapter.form} form: apply a plan with mode='compact' first")
@@ -72,16 +82,6 @@ def export(
         raise ValueError(
             f"{target.name} {target.source} runs {', '.join(target.families)}; not {adapter.family}"
         )
-    tensors, smaller_config, code = _folder(model, target, to)
-    _write_folder(model, out, tensors, smaller_config, code, config, target, tokenizer)
-    return out
-
-
-def _folder(
-    model: nn.Module, target: Target, to: str
-) -> tuple[nn.Module | dict[str, Tensor], dict[str, Any], bool]:
-    """What to write: a smaller model or its tensors, its config, and whether our modelling file goes with
-    it."""
     refusal: ValueError | None = None
     if target.own_config or to == "hf" or side_files.loads_by_itself(model):
         try:

@@ -14,10 +14,11 @@ from sinkprune.adapters import adapter_for
 from sinkprune.checkpoints.layout import lay_out_compact, read_json, weight_files
 from sinkprune.checkpoints.ragged import published_tensors
 from sinkprune.checkpoints.trees import LLADA, LLAMA, Tree
+from sinkprune.models.marks import mark
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE, native_kind
 from sinkprune.models.transformers_native import is_transformers_native, lay_out
-from sinkprune.plans import PrunePlan, mark
+from sinkprune.plans import PrunePlan
 
 MANIFEST = "sinkprune_export.json"  # of an exported folder: where it came from
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, AttentionWeights, MLPWeights, adapter_for
 from sinkprune.evidence.calibration import Calibration
+from sinkprune.models.marks import mark
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.ops import native
-from sinkprune.plans import Geometry, LayerPlan, PrunePlan, mark
+from sinkprune.plans import Geometry, LayerPlan, PrunePlan
 from sinkprune.pruning.repair import repaired
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from sinkprune.adapters import Adapter, adapter_for
-from sinkprune.plans import LayerPlan, PrunePlan, mark
+from sinkprune.models.marks import mark
+from sinkprune.plans import LayerPlan, PrunePlan
 from sinkprune.pruning.repacking import mask_indices, restore
 
 

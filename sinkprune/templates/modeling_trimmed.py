@@ -95,17 +95,28 @@ class TrimmedModel(Qwen3Model):
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **keys: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **keys: Any,
     ) -> Any:
         """Qwen3's; a mask of padding ``[B, L]``, or none, is made block-causal where the config has
-        blocks."""
+        blocks. (Arguments by name: vLLM looks for them.)"""
         if self.config.block_size and (attention_mask is None or attention_mask.dim() == 2):
-            inputs = keys["inputs_embeds"] if input_ids is None else input_ids
-            past = keys.get("past_key_values", keys.get("cache"))  # transformers 5.24 calls it cache
-            attention_mask = self.block_mask(
-                attention_mask, inputs, 0 if past is None else past.get_seq_length()
-            )
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **keys)
+            inputs: Any = inputs_embeds if input_ids is None else input_ids
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            attention_mask = self.block_mask(attention_mask, inputs, seen)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **keys,
+        )
 
     def block_mask(self, valid: Tensor | None, inputs: Tensor, seen: int) -> Tensor:
         """What is added to the scores, ``[B, 1, L, seen + L]``; blocks count from a sequence's first

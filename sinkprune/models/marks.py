@@ -1,0 +1,43 @@
+"""What is noted on a model that was pruned, and how transformers' own verbs save it then."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import weakref
+from typing import Any
+
+from torch import nn
+
+from sinkprune.plans import PrunePlan
+
+VERBS = ("save_pretrained", "push_to_hub")
+
+
+def mark(model: nn.Module, plan: PrunePlan | None, form: str) -> None:
+    """Note on the model what was done to it; ``save_pretrained`` and ``push_to_hub``, where it has them,
+    write what it is now, or refuse."""
+    model.prune_plan, model.prune_form = plan, form  # type: ignore[assignment]
+    for verb in VERBS:
+        if hasattr(type(model), verb):
+            vars(model).pop(verb, None)
+            if form != "dense":
+                setattr(model, verb, PrunedVerb(model, verb))
+
+
+class PrunedVerb:
+    """A verb of transformers on one pruned model, whose config describes the dense one."""
+
+    def __init__(self, model: nn.Module, verb: str) -> None:
+        self._model, self._verb = weakref.ref(model), verb  # no circle: the weights go when the model goes
+
+    def __call__(self, *arguments: Any, **keys: Any) -> Any:
+        # The one look upwards: saving is a floor above, and it is transformers that calls here.
+        saving = importlib.import_module("sinkprune.checkpoints.pretrained")
+        return getattr(saving, self._verb)(self._model(), *arguments, **keys)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedVerb:
+        return PrunedVerb(copy.deepcopy(self._model(), memo), self._verb)  # type: ignore[arg-type]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PrunedVerb, (self._model(), self._verb)
