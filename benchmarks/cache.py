@@ -30,6 +30,7 @@ import sinkprune as sp
 from sinkprune.checkpoints.checkpoint import asset
 from sinkprune.evaluation.footprint import cache_size
 from sinkprune.files import write_whole
+from sinkprune.models.marks import plan_of
 from sinkprune.planning.timing import interleaved
 from sinkprune.plans import block_parameters, layer_sizes
 
@@ -71,7 +72,7 @@ def held_out_prompts(tokenizer: Any, batch: int, length: int) -> Tensor:
 def counted(model: nn.Module, prompts: Tensor, options: dict[str, Any]) -> tuple[Tensor, int, int, int]:
     """One generation: its text, and the forwards, FLOPs and cache bytes it took."""
     geometry = sp.adapter_for(model).geometry()
-    plan = getattr(model, "prune_plan", None)
+    plan = plan_of(model)
     sizes = [layer_sizes(geometry, i, plan and plan.layers[i]) for i in range(geometry.num_layers)]
     keys = prompts.shape[1] + options["gen_length"]
     flops, seen = 0, []

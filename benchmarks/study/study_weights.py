@@ -31,6 +31,7 @@ from sinkprune.checkpoints import checkpoint
 from sinkprune.evidence.calibration import TEN_LEVELS, Calibration, calibrate
 from sinkprune.evidence.sink_mask import SinkMask, sink_masks
 from sinkprune.generation.trajectories import trajectories
+from sinkprune.models.marks import mark_sparsity
 from sinkprune.pruning.sparsification import METHODS, sparsify, sparsity_of
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ class Subject:
     def dense(self) -> nn.Module:
         """The model with its own weights again."""
         self.model.load_state_dict(self._dense)
-        self.model.sparsity = None  # type: ignore[assignment]
+        mark_sparsity(self.model, None)
         return self.model
 
     def calibration(self, draw: int) -> Calibration:

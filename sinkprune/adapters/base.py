@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.models.caches import Cache
+from sinkprune.models.marks import form_of, plan_of
 from sinkprune.models.modules import AttentionCall
 from sinkprune.plans import Geometry
 
@@ -227,13 +228,38 @@ class Adapter(ABC):
 
     def kept_heads(self, layer: int) -> list[int]:
         """Original ids of the query heads that run in ``layer``."""
-        plan = getattr(self.model, "prune_plan", None)
+        plan = plan_of(self.model)
         return list(range(self.geometry().heads[layer])) if plan is None else plan.layers[layer].kept_heads
 
     @property
     def form(self) -> str:
         """``"dense"``, ``"mask"`` or ``"compact"``."""
-        return getattr(self.model, "prune_form", "dense")
+        return form_of(self.model)
+
+    def require_dense(self, to: str) -> None:
+        """Raise ``ValueError`` for a pruned model; ``to`` says what a dense one is needed for."""
+        if self.form != "dense":
+            raise ValueError(f"the model is already pruned ({self.form} form): {to} the dense model")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter is."""
+        return next(self.model.parameters()).device
+
+    def mask_id(self, given: int | None = None, tokenizer: Any = None) -> int:
+        """The mask token: ``given``, else the config's, else the tokenizer's.
+
+        Raises ``ValueError`` where none of them names one, or names one outside the vocabulary.
+        """
+        found = self.mask_token_id if given is None else given
+        if found is None:
+            found = getattr(tokenizer, "mask_token_id", None)
+        if found is None:
+            raise ValueError("the model's config names no mask token: pass mask_token_id")
+        size = self.geometry().vocabulary
+        if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < size:
+            raise ValueError(f"the mask token must be one of the vocabulary's {size} ids, got {found!r}")
+        return found
 
     def fingerprint(self) -> str:
         """A hash of tensor names, shapes and strided samples of their values.

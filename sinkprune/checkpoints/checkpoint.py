@@ -29,7 +29,7 @@ from sinkprune.checkpoints.layout import (
 )
 from sinkprune.files import check_folder, whole_folder
 from sinkprune.models import small
-from sinkprune.models.marks import mark
+from sinkprune.models.marks import mark, mark_source, mark_sparsity, noted_sparsity, plan_of
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE, native_kind, native_of
 from sinkprune.models.transformers_native import (
@@ -82,7 +82,7 @@ def load(
         return read_gguf(Path(source), device=device, dtype=dtype)
     folder = folder_of(source, revision)
     model = _load(folder, device, dtype)
-    model.loaded_from = str(folder)  # type: ignore[assignment]
+    mark_source(model, folder)
     return model, _load_tokenizer(folder)
 
 
@@ -117,7 +117,7 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -
             apply(model, replace(plan, fingerprint=""), mode="mask")
         mark(model, plan, form)
     if manifest is not None and manifest.get("sparsity") is not None:
-        model.sparsity = Sparsity.from_dict(manifest["sparsity"])  # type: ignore[assignment]
+        mark_sparsity(model, Sparsity.from_dict(manifest["sparsity"]))
     return model
 
 
@@ -144,7 +144,7 @@ def save(
         TypeError: a model of any other class, which ``load`` could not make again.
     """
     folder = Path(folder)
-    sparsity: Sparsity | None = getattr(model, "sparsity", None)
+    sparsity: Sparsity | None = noted_sparsity(model)
     model = as_native(model)
     config = describe_model(model)
     require_place(folder, overwrite)
@@ -155,7 +155,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
         adapter = adapter_for(model)
-        plan: PrunePlan | None = getattr(model, "prune_plan", None)
+        plan = plan_of(model)
         manifest = {
             "schema": MANIFEST_SCHEMA,
             "form": adapter.form,
@@ -268,7 +268,7 @@ def as_native(model: nn.Module) -> nn.Module:
     values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     with torch.device("meta"):
         native = NATIVE[kind](values if native_kind(values) == kind else {**values, "model_type": kind})
-    plan: PrunePlan | None = getattr(model, "prune_plan", None)
+    plan = plan_of(model)
     if adapter.form == "compact" and plan is not None:
         lay_out_compact(native, plan)
     tensors = {k: v for k, v in model.state_dict().items() if k in native.state_dict()}
@@ -291,7 +291,7 @@ def as_native(model: nn.Module) -> nn.Module:
     for name, module in packed.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in module.state_dict().items()}
     native.load_state_dict(tensors, assign=True)
-    native.loaded_from = side_files.source_of(model)  # type: ignore[assignment]
+    mark_source(native, side_files.source_of(model))
     mark(native, plan, adapter.form)
     return native
 
@@ -408,5 +408,8 @@ def hashes_of(folder: Path) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

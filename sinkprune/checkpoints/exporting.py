@@ -17,7 +17,7 @@ from sinkprune.checkpoints.fitting import check_target
 from sinkprune.checkpoints.rebuilding import MANIFEST
 from sinkprune.checkpoints.trees import trim
 from sinkprune.files import whole_file, whole_folder
-from sinkprune.plans import PrunePlan
+from sinkprune.models.marks import plan_of
 from sinkprune.targets import TARGETS, Target
 from sinkprune.version import __version__
 
@@ -76,7 +76,7 @@ def folder_content(
     """What a folder would hold: a smaller model or its tensors, its config, and whether our modelling file
     goes with it. Raises what ``export`` raises."""
     adapter = adapter_for(model)
-    if adapter.form != "compact" or getattr(model, "prune_plan", None) is None:
+    if adapter.form != "compact" or plan_of(model) is None:
         raise ValueError(f"the model is in {adapter.form} form: apply a plan with mode='compact' first")
     if adapter.family not in target.families and to not in FORMS:
         raise ValueError(
@@ -107,7 +107,7 @@ def _write_gguf(model: nn.Module, out: Path, dtype: str | None, tokenizer: Any) 
     if dtype is None:
         dtype = _DTYPES.get(next(iter(trimmed.tensors.values())).dtype, "f32")
     notes = {"version": __version__, "family": trimmed.family, "source": side_files.name_of(model)}
-    plan: PrunePlan | None = getattr(model, "prune_plan", None)
+    plan = plan_of(model)
     with suppress(TypeError):  # such a file is not read back
         notes["config"] = gguf_writing.note_of(describe_model(model))
     if plan is not None:
@@ -139,7 +139,8 @@ def _write_folder(
         side_files.copy(model, part, {} if code else config, tokenizer=tokenizer is None)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(part))
-        plan: PrunePlan = model.prune_plan  # type: ignore[assignment]
+        plan = plan_of(model)
+        assert plan is not None
         manifest = {
             "schema": 1,
             "target": target.name,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.checkpoints.checkpoint import describe_model
+from sinkprune.models.marks import plan_of
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE, native_kind
 from sinkprune.models.transformers_native import is_transformers_native, lay_out
@@ -28,7 +29,8 @@ def smaller(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
             family's config can't express (naming what it fixes).
     """
     config, adapter = describe_model(model), adapter_for(model)
-    plan: PrunePlan = model.prune_plan  # type: ignore[assignment]
+    plan = plan_of(model)
+    assert plan is not None
     kept = _kept_sizes(plan)
     _check_uniform(plan, kept)
     small, config = _lay_out(config, plan, kept)

@@ -15,6 +15,7 @@ from sinkprune.checkpoints import side_files
 from sinkprune.checkpoints.checkpoint import as_native
 from sinkprune.checkpoints.exporting import export, folder_content
 from sinkprune.checkpoints.rebuilding import MANIFEST
+from sinkprune.models.marks import form_of
 from sinkprune.targets import TARGETS
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
@@ -62,7 +63,7 @@ def push_to_hub(model: Any, repo_id: str, **keys: Any) -> Any:
 
 
 def _require_writable(model: nn.Module, verb: str) -> None:
-    if getattr(model, "prune_form", None) == "mask":
+    if form_of(model) == "mask":
         raise ValueError(f"{verb} would lose the mask and write the dense model: {_verbs()}")
     try:
         folder_content(as_native(model), TARGETS["transformers"], "hf")

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from sinkprune.checkpoints.hub import name_of_cached
+from sinkprune.models.marks import noted_source
 
 GENERATION = "generation_config.json"
 TOKENIZER = (
@@ -29,7 +30,7 @@ def source_of(model: nn.Module) -> Path | None:
     """The local folder that the model was loaded from, by ``sp.load`` or by transformers; None if not
     known."""
     config = getattr(model, "config", None)
-    found = getattr(model, "loaded_from", None) or getattr(config, "_name_or_path", None)
+    found = noted_source(model) or getattr(config, "_name_or_path", None)
     return Path(found) if found and Path(found).is_dir() else None
 
 

@@ -48,7 +48,12 @@ def add_sampler_flags(sub: argparse.ArgumentParser, gen_length: int) -> None:
     sub.add_argument("--block-length", type=int, help="tokens of a block (default: one block)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the argmax (default)")
     sub.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
+    add_mask_flag(sub)
     sub.add_argument("--seed", type=int, default=0)
+
+
+def add_mask_flag(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--mask-token-id", type=int, help="(default: the config's, else the tokenizer's)")
 
 
 def add_criterion_flags(sub: argparse.ArgumentParser) -> None:
@@ -68,6 +73,7 @@ def add_calibration_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--calibration", help="a UTF-8 text of the model's kind (default: the embedded one)")
     sub.add_argument("--calibration-windows", type=int, default=32, help=f"of that text {shown}")
     sub.add_argument("--calibration-length", type=int, default=128, help=f"tokens of a window {shown}")
+    add_mask_flag(sub)
     sub.add_argument("--seed", type=int, default=0, help="of windows, masks and random rules")
 
 
@@ -132,6 +138,7 @@ def calibration_rows(model: Any, tokenizer: Any, options: argparse.Namespace) ->
         sequences=options.calibration_windows,
         length=options.calibration_length,
         seed=options.seed,
+        mask_token_id=options.mask_token_id,
     )
 
 
@@ -139,7 +146,8 @@ def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
     """What ``profile`` and ``generate`` tell the sampler."""
     names = ("gen_length", "block_length", "temperature", "cfg_scale", "seed")
     steps = min(64, options.gen_length) if options.steps is None else options.steps
-    return {"steps": steps} | {name: getattr(options, name) for name in names}
+    told = {} if options.mask_token_id is None else {"mask_token_id": options.mask_token_id}
+    return {"steps": steps} | {name: getattr(options, name) for name in names} | told
 
 
 def output_folder(path: str) -> Path:

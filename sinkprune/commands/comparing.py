@@ -26,18 +26,19 @@ def add_commands(commands: arguments.Commands) -> None:
 
 
 def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from sinkprune.adapters import adapter_for
     from sinkprune.checkpoints import checkpoint
     from sinkprune.evaluation import report
     from sinkprune.generation import profiling
+    from sinkprune.models.marks import plan_of
 
     out = arguments.output_folder(options.out)
     say = arguments.teller(options)
     profile = profiling.SinkProfile.load(options.profile)
     dense, tokenizer = checkpoint.load(options.dense, device=options.device)
     pruned, _ = checkpoint.load(options.pruned, device=options.device)
-    if getattr(dense, "prune_plan", None) is not None:
-        raise ValueError(f"{options.dense} is already pruned; the first argument is the dense model")
-    plan = getattr(pruned, "prune_plan", None)
+    adapter_for(dense).require_dense("the first argument is")
+    plan = plan_of(pruned)
     if plan is None:
         raise ValueError(f"{options.pruned} is not a pruned checkpoint")
     held_out = arguments.read_text(options.text, "held_out")

@@ -30,6 +30,7 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from sinkprune.checkpoints import checkpoint
     from sinkprune.evaluation import report
     from sinkprune.generation import profiling
+    from sinkprune.models.marks import plan_of
     from sinkprune.planning import costs, hardware
     from sinkprune.planning import planner as planning
     from sinkprune.planning.criteria import criterion_for
@@ -72,7 +73,7 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     say(f"this plan can give {costs.ceilings_text(ceilings)}")
     say("repairing and repacking")
     repacking.apply(pruned, plan, calibration=rows)
-    plan = cast(planning.PrunePlan, pruned.prune_plan)  # says how it was repaired
+    plan = cast(planning.PrunePlan, plan_of(pruned))  # says how it was repaired
     values = report.compare(
         dense,
         pruned,

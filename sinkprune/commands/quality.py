@@ -24,6 +24,7 @@ def add_commands(commands: arguments.Commands) -> None:
     sub.add_argument("--levels", default="0.15,0.5,0.9", help="noise levels (default: %(default)s)")
     sub.add_argument("--highest-noise", type=float, default=1.0, help="of the bound (default: %(default)s)")
     sub.add_argument("--generation", action="store_true", help="also infill and continue half of each window")
+    arguments.add_mask_flag(sub)
     sub.add_argument("--scorer", help="folder of a causal LM that gives generated text its perplexity")
 
 
@@ -51,6 +52,7 @@ def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
                 length=options.length,
                 levels=_numbers(options.levels),
                 highest_noise=options.highest_noise,
+                mask_token_id=options.mask_token_id,
                 progress=bar.update,
             )
             for model, tokenizer in loaded
@@ -98,6 +100,7 @@ def _eval_generation(
                 windows=options.windows,
                 prompt_length=options.length - half,
                 gen_length=half,
+                mask_token_id=options.mask_token_id,
                 progress=bar.update,
             )
             for model, tokenizer in loaded

@@ -31,6 +31,7 @@ def add_commands(commands: arguments.Commands) -> None:
         "--sequences", type=int, default=16, help="windows, each at ten noise levels (default: %(default)s)"
     )
     sub.add_argument("--length", type=int, default=128, help="tokens of a window (default: %(default)s)")
+    arguments.add_mask_flag(sub)
     sub.add_argument("--seed", type=int, default=0, help="of the windows and the masks")
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint written before")
     sub.add_argument("--out", required=True, help="the checkpoint's folder")
@@ -39,6 +40,7 @@ def add_commands(commands: arguments.Commands) -> None:
 def _sparsify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from sinkprune.checkpoints import checkpoint
     from sinkprune.evidence import calibration
+    from sinkprune.models.marks import noted_sparsity
     from sinkprune.pruning import sparsification
 
     out = arguments.new_folder(options.out, options.overwrite)
@@ -53,6 +55,7 @@ def _sparsify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             length=options.length,
             levels=calibration.TEN_LEVELS,
             seed=options.seed,
+            mask_token_id=options.mask_token_id,
         )
     sparsification.sparsify(
         model, options.method, options.sparsity, options.pattern, rows, progress=arguments.teller(options)
@@ -63,5 +66,5 @@ def _sparsify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"{100 * sum(shares.values()) / len(shares):.1f} % zeros in each of {len(shares)} linear layers "
         f"({options.method}, {options.pattern}); zeros alone make nothing smaller or faster\nwrote {folder}"
     )
-    note = vars(model)["sparsity"].to_dict()
+    note = noted_sparsity(model).to_dict()
     return {"folder": str(folder), "share_of_zeros": shares, **note}, text

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from sinkprune.adapters import adapter_for
 from sinkprune.generation.samplers import FLOAT64_ELEMENTS
 from sinkprune.models.caches import Cache
+from sinkprune.models.marks import form_of, plan_of
 from sinkprune.planning.costs import dtype_of
 from sinkprune.plans import (
     Geometry,
@@ -76,8 +77,8 @@ def memory(
         ValueError: a plan for another geometry, or sizes below 1.
     """
     geometry = model if isinstance(model, Geometry) else adapter_for(model).geometry()
-    held = None if isinstance(model, Geometry) else getattr(model, "prune_plan", None)
-    compact = plan is not None or getattr(model, "prune_form", "dense") == "compact"
+    held = None if isinstance(model, Geometry) else plan_of(model)
+    compact = plan is not None or (not isinstance(model, Geometry) and form_of(model) == "compact")
     if plan is not None and (plan.geometry != geometry or held is not None):
         raise ValueError("the plan is for another geometry, or the model is pruned already: pass plan=None")
     rows_of_head = length if head_rows is None else head_rows
@@ -237,7 +238,7 @@ def cache_size(model: nn.Module, tokens: int, batch: int = 1) -> CacheSize:
     """
     adapter = adapter_for(model)
     geometry = adapter.geometry()
-    plan = getattr(model, "prune_plan", None) if adapter.form == "compact" else None
+    plan = plan_of(model) if adapter.form == "compact" else None
     each = 2 * batch * tokens * geometry.head_dim * next(model.parameters()).element_size()
     kept = [
         layer_sizes(geometry, layer, None if plan is None else plan.layers[layer])[1]

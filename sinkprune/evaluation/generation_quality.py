@@ -100,7 +100,7 @@ def evaluate_generation(
         steps: forwards for each; None = one a token.
         batch: windows that run together.
         seed: of the sampler, where it draws.
-        mask_token_id: where the model's config lacks one.
+        mask_token_id: instead of the config's; where that names none, the tokenizer's is taken.
         progress: called with the number of forwards just done.
         options: other options of ``denoise``, for continuations; infilling takes the surest tokens first.
 
@@ -117,10 +117,9 @@ def evaluate_generation(
         raise ValueError("generated text needs a tokenizer, and the model has none")
     steps = gen_length if steps is None else steps
     rows = _windows(text, tokenizer, windows, prompt_length + gen_length)
-    adapter, device = adapter_for(model), next(model.parameters()).device
-    mask_id = adapter.mask_token_id if mask_token_id is None else mask_token_id
-    if mask_id is None:
-        raise ValueError("the model's config names no mask token: pass mask_token_id")
+    adapter = adapter_for(model)
+    device = adapter.device
+    mask_id = adapter.mask_id(mask_token_id, tokenizer)
     report = progress or (lambda count: None)
     left = prompt_length // 2
     written: dict[str, list[Tensor]] = {"infilling": [], "continuation": []}
@@ -137,7 +136,7 @@ def evaluate_generation(
             part[:, :prompt_length],
             steps=steps,
             gen_length=gen_length,
-            mask_token_id=mask_token_id,
+            mask_token_id=mask_id,
             seed=seed,
             callback=lambda step: report(1),
             **options,

@@ -44,7 +44,7 @@ class LMEvalModel(LM):
         check_greedy: also restore the continuation token by token, the surest first, for tasks that ask
             whether it is the greedy one (L more forwards); False answers that it is not.
         steps, gen_length: of ``generate_until``, whatever number of tokens the task asks for.
-        mask_token_id: where the model's config lacks one.
+        mask_token_id: instead of the config's; where that names none, the tokenizer's is taken.
         seed: of the masks, and of the sampler where it draws.
         options: other options of ``denoise``.
 
@@ -68,9 +68,7 @@ class LMEvalModel(LM):
     ) -> None:
         super().__init__()
         self._adapter = adapter_for(model)
-        mask_id = self._adapter.mask_token_id if mask_token_id is None else mask_token_id
-        if mask_id is None:
-            raise ValueError("the model's config names no mask token: pass mask_token_id")
+        mask_id = self._adapter.mask_id(mask_token_id, tokenizer)
         if tokenizer is None:
             raise ValueError("lm-eval's tasks are text: a tokenizer is needed")
         if min(draws, batch) < 1:
@@ -78,7 +76,7 @@ class LMEvalModel(LM):
         self._model, self._tokenizer, self._mask_id = model, tokenizer, mask_id
         self._draws, self._batch, self._check_greedy, self._seed = draws, batch, check_greedy, seed
         self._gen_length = gen_length
-        sampler = {"steps": steps, "gen_length": gen_length, "mask_token_id": mask_token_id, "seed": seed}
+        sampler = {"steps": steps, "gen_length": gen_length, "mask_token_id": mask_id, "seed": seed}
         self._sampler = sampler | options
         self._measure = Measurement(model, mask_id, batch, _silent)
 
@@ -108,7 +106,7 @@ class LMEvalModel(LM):
         room = self._adapter.geometry().context - self._gen_length
         if room < 1:
             raise ValueError(f"gen_length of {self._gen_length} leaves no room in the context for a prompt")
-        device = next(self._model.parameters()).device
+        device = self._adapter.device
         results: list[str] = []
         for first in tqdm(range(0, len(requests), self._batch), desc="generation", disable=disable_tqdm):
             part = requests[first : first + self._batch]
@@ -137,7 +135,7 @@ class LMEvalModel(LM):
         if not self._check_greedy or not continuation:
             return self._check_greedy
         ids, hidden = self._row(prompt, continuation)
-        ids = ids[None].to(next(self._model.parameters()).device)
+        ids = ids[None].to(self._adapter.device)
         restored = infill(self._adapter, ids, hidden, len(continuation), self._mask_id, _silent)
         return torch.equal(restored, ids)
 

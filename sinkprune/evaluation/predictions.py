@@ -105,7 +105,7 @@ def evaluate(
         never_mask: ids that are neither masked nor counted (separators, special tokens); nor is padding.
         batch: sequences per forward.
         seed: of the masks.
-        mask_token_id: where the model's config lacks one.
+        mask_token_id: instead of the config's; where that names none, the tokenizer's is taken.
         progress: called with the number of forwards just done.
 
     Raises:
@@ -113,9 +113,7 @@ def evaluate(
             noise outside (0, 1], a length beyond the context, or logits that are NaN.
     """
     adapter = adapter_for(model)
-    mask_id = adapter.mask_token_id if mask_token_id is None else mask_token_id
-    if mask_id is None:
-        raise ValueError("the model's config names no mask token: pass mask_token_id")
+    mask_id = adapter.mask_id(mask_token_id, tokenizer)
     if min(windows, length, draws, batch) < 1:
         raise ValueError(
             f"windows, length, draws and batch must be at least 1, got {(windows, length, draws, batch)}"
@@ -194,7 +192,8 @@ class Measurement:
             masked: bool ``[N, L]``, at least one in each row.
             valid: bool ``[N, L]``, False at padding; None where nothing is padded.
         """
-        adapter, device = adapter_for(self.model), next(self.model.parameters()).device
+        adapter = adapter_for(self.model)
+        device = adapter.device
         losses, rights = [], []
         for first in range(0, len(rows), self.batch):
             part = slice(first, first + self.batch)

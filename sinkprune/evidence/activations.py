@@ -69,7 +69,7 @@ def gather(adapter: Adapter, calibration: Calibration, *, batch: int = 16) -> li
     """
     if adapter.form != "dense" or adapter.observed():
         raise ValueError("activations are gathered on a dense model that nobody tracks")
-    device = next(adapter.model.parameters()).device
+    device = adapter.device
     geometry = adapter.geometry()
     layers = [_Layer(adapter, geometry, layer) for layer in range(geometry.num_layers)]
     hooks = [hook for layer in layers for hook in layer.listen()]

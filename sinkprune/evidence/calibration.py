@@ -66,16 +66,14 @@ def calibrate(
         seed: of the windows and the masks.
         attention_mask: bool or int ``[rows, L]``, 1 at valid tokens of given rows.
         never_mask: token ids that are never masked (separators, special tokens).
-        mask_token_id: where the model's config lacks one.
+        mask_token_id: instead of the config's; where that names none, the tokenizer's is taken.
 
     Raises:
         ValueError: a text shorter than one window or without a token to mask, sizes or levels out of range,
             no mask token.
     """
     adapter = model if isinstance(model, Adapter) else adapter_for(model)
-    mask_id = adapter.mask_token_id if mask_token_id is None else mask_token_id
-    if mask_id is None:
-        raise ValueError("the model's config names no mask token: pass mask_token_id")
+    mask_id = adapter.mask_id(mask_token_id, tokenizer)
     if sequences < 1 or length < 1 or not levels or not all(0 < level <= 1 for level in levels):
         raise ValueError(
             "sequences and length must be at least 1 and levels lie in (0, 1], got "
@@ -200,7 +198,7 @@ class BlockStream:
 
     def _record(self, part: Calibration) -> _Batch:
         """One forward, to see what every block is called with."""
-        device = next(self._adapter.model.parameters()).device
+        device = self._adapter.device
         first: list[Tensor] = []
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 

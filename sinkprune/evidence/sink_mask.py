@@ -36,7 +36,7 @@ class SinkMask:
 @torch.no_grad()
 def sink_masks(adapter: Adapter, calibration: Calibration, rule: SinkMask, batch: int = 16) -> list[Tensor]:
     """The sink mask of every calibration row, float32 ``[rows, L]`` per batch, from the model as it is."""
-    device = next(adapter.model.parameters()).device
+    device = adapter.device
     masks = []
     for part in calibration.batches(batch):
         valid = None if part.valid is None else part.valid.to(device)

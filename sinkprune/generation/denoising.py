@@ -222,12 +222,15 @@ def generate(
 ) -> str | list[str]:
     """Continue ``prompt`` and return the new text (a list for a list of prompts).
 
-    ``callback`` and ``options`` are those of ``denoise``; ``progress`` counts tokens, for the number of
-    forwards may depend on the text. Raises ``ValueError`` for an empty prompt, and what ``denoise`` raises.
+    ``callback`` and ``options`` are those of ``denoise``; where the config names no mask token, the one of
+    ``tokenizer`` is taken. ``progress`` counts tokens, for the number of forwards may depend on the text.
+    Raises ``ValueError`` for an empty prompt, and what ``denoise`` raises.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    device = next(model.parameters()).device
+    adapter = adapter_for(model)
+    device = adapter.device
     ids, attention_mask = encode_prompts(tokenizer, prompts)
+    options["mask_token_id"] = adapter.mask_id(options.get("mask_token_id"), tokenizer)
     with tqdm(total=gen_length * len(ids), desc="generating", unit="token", disable=not progress) as bar:
 
         def report(step: Step) -> None:
@@ -309,9 +312,7 @@ def _prepare(
     if steps < count or steps % count or steps > gen_length:
         multiple = f"a multiple of {count} blocks and " if count > 1 else ""
         raise ValueError(f"steps must be {multiple}at most gen_length={gen_length}, got {steps}")
-    mask_id = adapter.mask_token_id if mask_token_id is None else mask_token_id
-    if mask_id is None:
-        raise ValueError("the model's config names no mask token: pass mask_token_id")
+    mask_id = adapter.mask_id(mask_token_id)
     blocks = blocks_of(prompt_ids.shape[1], gen_length, block, aligned=own is not None)
     total = blocks[-1].rows.stop
     if total > geometry.context:

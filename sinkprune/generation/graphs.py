@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
+from sinkprune.models.marks import plan_of
 
 Step = Callable[[], Tensor]
 # Records a step: returns what replays it, and the tensor that each replay fills.
@@ -138,7 +139,7 @@ class StepGraph:
         """Graphs hold addresses: another plan, form, dtype or place of the weights makes them worthless."""
         model = self.adapter.model
         first = next(model.parameters())
-        now = [getattr(model, "prune_plan", None), self.adapter.form, first.dtype, first.data_ptr()]
+        now = [plan_of(model), self.adapter.form, first.dtype, first.data_ptr()]
         if len(self._weights) != len(now) or any(
             a is not b and a != b for a, b in zip(self._weights, now, strict=True)
         ):

@@ -51,7 +51,7 @@ def profile(
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     adapter = adapter_for(model)
-    device = next(model.parameters()).device
+    device = adapter.device
     parts: list[SinkStatistics] = []
     padding: list[Tensor] = []  # on the left of each sample, so that positions count from its first token
     with tqdm(
@@ -65,7 +65,9 @@ def profile(
                 rows, mask = rows[:, narrow:], mask[:, narrow:]
                 stream = adapter.sample(rows, mask, steps, gen_length, options)
                 if stream is None:
-                    stream = denoise(model, rows, mask, steps=steps, gen_length=gen_length, **options)
+                    mask_id = adapter.mask_id(options.get("mask_token_id"), tokenizer)
+                    sampler = {"steps": steps, "gen_length": gen_length, **options, "mask_token_id": mask_id}
+                    stream = denoise(model, rows, mask, **sampler)
                 for _ in stream:
                     bar.update()
             parts.append(tracker.result())

@@ -31,7 +31,7 @@ def trajectories(
         prompts: strings (with ``tokenizer``), or ids int64 ``[S, P]``.
         steps, gen_length: of the sampler; ``options`` are the rest of ``denoise``'s.
         states: how many of the steps' inputs to keep, the first among them; at most ``steps``.
-        mask_token_id: where the model's config lacks one.
+        mask_token_id: instead of the config's; where that names none, the tokenizer's is taken.
 
     Returns:
         ``states`` x S rows of P + gen_length tokens; the targets are the finished ones.
@@ -46,12 +46,9 @@ def trajectories(
     else:
         ids, valid = encode_prompts(tokenizer, list(prompts))
     adapter = adapter_for(model)
-    mask_id = adapter.mask_token_id if mask_token_id is None else mask_token_id
-    device = next(model.parameters()).device
+    mask_id, device = adapter.mask_id(mask_token_id, tokenizer), adapter.device
     sampler = {"steps": steps, "gen_length": gen_length, "mask_token_id": mask_id, **options}
     after = [row.cpu() for row in denoise(model, ids.to(device), valid.to(device), **sampler)]
-    if mask_id is None:  # denoise has refused it by now
-        raise ValueError("the model's config names no mask token: pass mask_token_id")
     canvas = torch.full((len(ids), gen_length), mask_id, dtype=torch.long)
     before = [torch.cat((ids.cpu(), canvas), 1), *after[:-1]]
     kept = [before[i * steps // states] for i in range(states)]

@@ -1,10 +1,14 @@
-"""What is noted on a model that was pruned, and how transformers' own verbs save it then."""
+"""What is noted on a model that was pruned, and how transformers' own verbs save it then.
+
+The notes lie on models of anybody's class: they are read and written here alone.
+"""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import weakref
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,6 +27,36 @@ def mark(model: nn.Module, plan: PrunePlan | None, form: str) -> None:
             vars(model).pop(verb, None)
             if form != "dense":
                 setattr(model, verb, PrunedVerb(model, verb))
+
+
+def plan_of(model: nn.Module) -> PrunePlan | None:
+    """The plan that was applied to ``model``, or None."""
+    return getattr(model, "prune_plan", None)
+
+
+def form_of(model: nn.Module) -> str:
+    """``"dense"``, ``"mask"`` or ``"compact"``."""
+    return getattr(model, "prune_form", "dense")
+
+
+def mark_sparsity(model: nn.Module, sparsity: Any) -> None:
+    """Note how zeros came into the weights; None: they are dense."""
+    model.sparsity = sparsity
+
+
+def noted_sparsity(model: nn.Module) -> Any:
+    """What ``mark_sparsity`` noted, or None."""
+    return getattr(model, "sparsity", None)
+
+
+def mark_source(model: nn.Module, folder: str | Path | None) -> None:
+    """Note the folder that ``model`` was loaded from."""
+    model.loaded_from = None if folder is None else str(folder)  # type: ignore[assignment]
+
+
+def noted_source(model: nn.Module) -> str | None:
+    """What ``mark_source`` noted, or None."""
+    return getattr(model, "loaded_from", None)
 
 
 class PrunedVerb:

@@ -169,8 +169,7 @@ def measured_table(
         ValueError: a model that is pruned already, or whose MLP is not gated.
     """
     adapter = adapter_for(model)
-    if adapter.form != "dense":
-        raise ValueError(f"the model is already pruned ({adapter.form} form); measure the dense model")
+    adapter.require_dense("measure")
     geometry = adapter.geometry()
     if geometry.mlp_matrices != 3:
         raise ValueError("measuring needs a gated MLP: compute the table from roofs instead")

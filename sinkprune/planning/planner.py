@@ -204,8 +204,7 @@ def _check_arguments(
     length: int,
     rules: Rules,
 ) -> None:
-    if adapter.form != "dense":
-        raise ValueError(f"the model is already pruned ({adapter.form} form); plan on the dense model")
+    adapter.require_dense("plan on")
     check_ratio(ratio)
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")

@@ -50,8 +50,7 @@ def apply(
         raise TypeError(f"plan must be a PrunePlan (see PrunePlan.load), got {type(plan).__name__}")
     if mode not in ("compact", "mask"):
         raise ValueError(f"mode must be 'compact' or 'mask', got {mode!r}")
-    if adapter.form != "dense":
-        raise ValueError(f"the model is already pruned ({adapter.form} form)")
+    adapter.require_dense("apply the plan to")
     if plan.geometry != adapter.geometry():
         raise ValueError(
             f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}"

@@ -117,8 +117,7 @@ def scheduled(model: nn.Module, schedule: PhaseSchedule) -> Iterator[Position]:
         ValueError: a model that is pruned already or compiled, or a plan for another model.
     """
     adapter = adapter_for(model)
-    if adapter.form != "dense":
-        raise ValueError(f"the model is already pruned ({adapter.form} form): schedule the dense model")
+    adapter.require_dense("schedule")
     for plan in schedule.plans:
         if plan is None:
             continue

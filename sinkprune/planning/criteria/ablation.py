@@ -55,7 +55,7 @@ class Ablation(HeadCriterion):
     @torch.no_grad()
     def _predictions(self, adapter: Adapter, calibration: Calibration) -> list[Tensor]:
         """Log-probabilities of the masked tokens ``[masked, V]``, batch by batch."""
-        device = next(adapter.model.parameters()).device
+        device = adapter.device
         found = []
         for part in calibration.batches(self.batch):
             valid = None if part.valid is None else part.valid.to(device)

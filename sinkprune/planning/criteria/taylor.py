@@ -27,7 +27,7 @@ class Taylor(HeadCriterion):
     def score(self, adapter: Adapter, evidence: Evidence) -> Tensor:
         calibration, geometry = evidence.calibration, adapter.geometry()
         assert calibration is not None
-        device = next(adapter.model.parameters()).device
+        device = adapter.device
         found: dict[int, Tensor] = {}
 
         def watch(layer: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.evidence.calibration import BlockStream, Calibration, linear
 from sinkprune.evidence.sink_mask import SinkMask, sink_masks
+from sinkprune.models.marks import mark_sparsity, noted_sparsity
 from sinkprune.pruning.sparsification.methods import (
     DAMPING,
     Target,
@@ -101,7 +102,7 @@ def sparsify(
         for module, weight in originals:
             module.weight.copy_(weight)
         raise
-    model.sparsity = Sparsity(method, sparsity, pattern, solves)  # type: ignore[assignment]
+    mark_sparsity(model, Sparsity(method, sparsity, pattern, solves))
     return model
 
 
@@ -159,9 +160,8 @@ def _position_weights(
 def _check(adapter: Adapter, target: Target, pattern: str) -> list[dict[str, nn.Linear]]:
     """The linear modules of every layer, after every refusal that needs no calibration."""
     geometry = adapter.geometry()
-    if adapter.form != "dense":
-        raise ValueError(f"the model is already pruned ({adapter.form} form): sparsify the dense model")
-    if getattr(adapter.model, "sparsity", None) is not None:
+    adapter.require_dense("sparsify")
+    if noted_sparsity(adapter.model) is not None:
         raise ValueError("the model is sparse already: sparsify the dense model")
     layers = range(geometry.num_layers)
     adapter.check([list(range(heads)) for heads in geometry.heads], [None for _ in layers], "mask")
