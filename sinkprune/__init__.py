@@ -38,6 +38,7 @@ _HOMES = {
     "plan": "planning.planner",
     "profile": "generation.profiling",
     "PrunePlan": "plans",
+    "lay_out": "pruning.repacking",
     "restore": "pruning.repacking",
     "roofs": "planning.hardware",
     "save": "checkpoints.checkpoint",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from sinkprune.plans import PrunePlan as PrunePlan
     from sinkprune.pruning.repacking import apply as apply
     from sinkprune.pruning.repacking import fuse as fuse
+    from sinkprune.pruning.repacking import lay_out as lay_out
     from sinkprune.pruning.repacking import restore as restore
     from sinkprune.pruning.schedules import PhaseSchedule as PhaseSchedule
     from sinkprune.pruning.schedules import scheduled as scheduled

@@ -22,7 +22,6 @@ from sinkprune.checkpoints.layout import (
     INDEX,
     TRIMMED,
     check_known,
-    lay_out_compact,
     lay_out_folder,
     read_json,
     weight_files,
@@ -38,7 +37,7 @@ from sinkprune.models.transformers_native import (
     load_published,
 )
 from sinkprune.plans import PrunePlan
-from sinkprune.pruning.repacking import apply, compact_mlp
+from sinkprune.pruning.repacking import apply, compact_mlp, lay_out
 from sinkprune.pruning.sparsification.note import Sparsity
 from sinkprune.version import __version__
 
@@ -104,7 +103,7 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -
         if plan.geometry != adapter_for(model).geometry():
             raise ValueError(f"{folder}: the plan in {MANIFEST} does not fit config.json")
         if form == "compact":
-            lay_out_compact(model, plan)
+            lay_out(model, plan)
     files = weight_files(folder)
     if manifest is not None:
         _require_vouched(
@@ -142,12 +141,14 @@ def save(
     Raises:
         FileExistsError: something else is there.
         TypeError: a model of any other class, which ``load`` could not make again.
+        ValueError: tensors that its config and plan do not lay out, so that ``load`` would refuse them.
     """
     folder = Path(folder)
     sparsity: Sparsity | None = noted_sparsity(model)
     model = as_native(model)
     config = describe_model(model)
     require_place(folder, overwrite)
+    _require_readable(model, config)
     with whole_folder(folder, _require_ours if overwrite else None) as part:
         write_shards(model, part, shard_bytes)
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -167,6 +168,21 @@ def save(
         }
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return folder
+
+
+def _require_readable(model: nn.Module, config: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless the model that ``load`` would lay out has tensors of the same names and
+    shapes."""
+    again, plan = lay_out_folder(Path(), config), plan_of(model)
+    if plan is not None and adapter_for(model).form == "compact":
+        lay_out(again, plan)
+    here, there = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, again))
+    for name in [*here, *there]:
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"load could not read this model back: {name} has shape {here.get(name)}, "
+                f"and {there.get(name)} by its config and plan"
+            )
 
 
 def require_place(folder: Path, overwrite: bool) -> None:
@@ -270,7 +286,7 @@ def as_native(model: nn.Module) -> nn.Module:
         native = NATIVE[kind](values if native_kind(values) == kind else {**values, "model_type": kind})
     plan = plan_of(model)
     if adapter.form == "compact" and plan is not None:
-        lay_out_compact(native, plan)
+        lay_out(native, plan)
     tensors = {k: v for k, v in model.state_dict().items() if k in native.state_dict()}
     attentions = [name for name, m in native.named_modules() if isinstance(m, SinkPrunedAttention)]
     packed: dict[str, nn.Module] = {}

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sinkprune.adapters import adapter_for
+from sinkprune.models import transformers_native
 from sinkprune.models.published import NATIVE, native_kind
-from sinkprune.models.transformers_native import lay_out, transformers_class
-from sinkprune.plans import PrunePlan
-from sinkprune.pruning.repacking import install_compact
-from sinkprune.pruning.repair import add_biases
+from sinkprune.models.transformers_native import transformers_class
 
 INDEX = "model.safetensors.index.json"
 TRIMMED = "sinkprune_trimmed"  # the model_type of exports whose layers differ
@@ -25,16 +22,9 @@ def lay_out_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
     native = NATIVE.get(native_kind(config) or "")
     if native is None:
         check_known(folder, config)
-        return lay_out(config)
+        return transformers_native.lay_out(config)
     with torch.device("meta"):
         return native(config)
-
-
-def lay_out_compact(model: nn.Module, plan: PrunePlan) -> None:
-    """Make a dense model on ``meta`` compact, with the biases that its repair added."""
-    if "repair" in plan.details:
-        add_biases(adapter_for(model), plan)
-    install_compact(model, plan)
 
 
 def check_known(folder: Path, config: dict[str, Any]) -> None:

@@ -11,14 +11,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.checkpoints.layout import lay_out_compact, read_json, weight_files
+from sinkprune.checkpoints.layout import read_json, weight_files
 from sinkprune.checkpoints.ragged import published_tensors
 from sinkprune.checkpoints.trees import LLADA, LLAMA, Tree
+from sinkprune.models import transformers_native
 from sinkprune.models.marks import mark
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE, native_kind
-from sinkprune.models.transformers_native import is_transformers_native, lay_out
+from sinkprune.models.transformers_native import is_transformers_native
 from sinkprune.plans import PrunePlan
+from sinkprune.pruning.repacking import lay_out
 
 MANIFEST = "sinkprune_export.json"  # of an exported folder: where it came from
 
@@ -44,14 +46,14 @@ def rebuilt(
     """
     native = NATIVE.get(native_kind(config) or "")
     if native is None:
-        model = lay_out(config)
+        model = transformers_native.lay_out(config)
     else:
         with torch.device("meta"):
             model = native(config)
     if plan is not None:
         if plan.geometry != adapter_for(model).geometry():
             raise ValueError("the plan does not fit the config that comes with it")
-        lay_out_compact(model, plan)
+        lay_out(model, plan)
     tree = LLADA if any(name.startswith(LLADA.embedding) for name in tensors) else LLAMA
     found = _packed(model, tree, tensors)
     wanted = model.state_dict()

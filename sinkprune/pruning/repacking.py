@@ -13,7 +13,7 @@ from sinkprune.models.marks import mark
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.ops import native
 from sinkprune.plans import Geometry, LayerPlan, PrunePlan
-from sinkprune.pruning.repair import repaired
+from sinkprune.pruning.repair import add_biases, repaired
 
 
 def apply(
@@ -57,8 +57,9 @@ def apply(
         )
     if plan.fingerprint and plan.fingerprint != adapter.fingerprint():
         raise ValueError("the plan was made for other weights: its fingerprint differs from the model's")
-    kept = plan.layers
-    adapter.check([layer.kept_heads for layer in kept], [layer.kept_channels for layer in kept], mode)
+    if "repair" in plan.details:  # of the model that the plan was taken from
+        plan = replace(plan, details={k: v for k, v in plan.details.items() if k != "repair"})
+    adapter.check(*_kept(plan), mode)
     if mode == "mask":
         if calibration is not None and repair is not None:
             raise ValueError("repair changes weights, which the mask form leaves as they are: repair=None")
@@ -77,6 +78,39 @@ def apply(
     return model
 
 
+def lay_out(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """Give a dense ``model`` the modules that it has after ``plan``, in place, to load a state into.
+
+    What ``apply`` of the same plan made, with the biases that its repair added, which are zero until they are
+    loaded. The weights are packed as they are and may be on ``meta``; the fingerprint is not asked for.
+
+    Args:
+        model: a dense model of the plan's geometry, of any weights.
+        plan: ``model.prune_plan`` of the model whose state is to be loaded, which says how it was repaired.
+
+    Raises:
+        ValueError: a model that is pruned already, another geometry, or a layer that can't be compacted; the
+            model is left as it was.
+    """
+    adapter = adapter_for(model)
+    adapter.require_dense("lay the plan out on")
+    if plan.geometry != adapter.geometry():
+        raise ValueError(
+            f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}"
+        )
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        adapter.check(*_kept(plan), "compact")
+    added = add_biases(adapter, plan) if "repair" in plan.details else []
+    try:
+        install_compact(model, plan)
+    except BaseException:
+        for module in added:
+            module.register_parameter("bias", None)
+        raise
+    mark(model, plan, "compact")
+    return model
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``apply(..., mode="mask")``. Raises ``ValueError`` for a compact model, whose weights are gone."""
     adapter = adapter_for(model)
@@ -86,6 +120,11 @@ def restore(model: nn.Module) -> nn.Module:
         adapter.mask(layer, None, None)
     mark(model, None, "dense")
     return model
+
+
+def _kept(plan: PrunePlan) -> tuple[list[list[int]], list[list[int] | None]]:
+    """Heads and channels that every layer keeps."""
+    return [layer.kept_heads for layer in plan.layers], [layer.kept_channels for layer in plan.layers]
 
 
 def install_compact(model: nn.Module, plan: PrunePlan, *, low_memory: bool = False) -> None:

@@ -115,17 +115,21 @@ def repaired(
         raise
 
 
-def add_biases(adapter: Adapter, plan: PrunePlan) -> None:
-    """Give a dense model that is laid out on ``meta`` the biases that repairing it for ``plan`` added.
+def add_biases(adapter: Adapter, plan: PrunePlan) -> list[nn.Linear]:
+    """Give a dense model the biases that repairing it for ``plan`` added, of zeros; the modules that got one.
 
     Plans from before repairs without biases do not say whether theirs added some: it did.
     """
     if not plan.details.get("repair", {"biases": False}).get("biases", True):
-        return
+        return []
+    added: list[nn.Linear] = []
     for layer in range(_first_loss(adapter.geometry(), plan), adapter.geometry().num_layers):
         for module, _ in _fits(adapter, plan, layer):
             if module.bias is None:
-                module.bias = nn.Parameter(module.weight.new_empty(module.out_features))
+                zeros = module.weight.new_zeros(module.out_features)
+                module.bias = nn.Parameter(zeros, module.weight.requires_grad)
+                added.append(module)
+    return added
 
 
 def _first_loss(geometry: Geometry, plan: PrunePlan) -> int:

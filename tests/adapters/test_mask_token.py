@@ -55,7 +55,8 @@ def test_the_tokenizers_mask_token_serves_where_the_config_names_none(family, ve
     found = said(model, verb, Masked())
     assert str(found) == str(said(model, verb, WordTokenizer(), mask_token_id=57))
     given = str(said(model, verb, Masked(), mask_token_id=3))  # comes first
-    assert given == str(said(model, verb, WordTokenizer(), mask_token_id=3)) != str(found)
+    assert given == str(said(model, verb, WordTokenizer(), mask_token_id=3))
+    assert given != str(found) or verb == "generate"  # three tokens of text may be the same
 
 
 @pytest.mark.parametrize("wrong", [61, -1, True, 5.0])
