@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ ALLOCATIONS = ("global", "uniform", "equal")
 
 @dataclass(frozen=True)
 class Rules:
-    """How units may be removed.
+    """How units may be removed. Raises ``ValueError`` where a value is out of range.
 
     Attributes:
         allocation: ``"global"`` ranks all layers' units together, ``"uniform"`` takes the same share of each,
@@ -35,6 +36,28 @@ class Rules:
     round_channels: int = 1
     whole_groups: bool = False
     whole_layers: bool = False
+
+    def __post_init__(self) -> None:
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation must be one of {ALLOCATIONS}, got {self.allocation!r}")
+        if self.min_heads < 0:
+            raise ValueError(f"min_heads must be at least 0, got {self.min_heads}")
+        if not 0 < self.max_layer_share <= 1:
+            raise ValueError(f"max_layer_share must lie in (0, 1], got {self.max_layer_share}")
+        if min(self.round_heads, self.round_channels) < 1:
+            raise ValueError(
+                "round_heads and round_channels must be at least 1, got "
+                f"{self.round_heads} and {self.round_channels}"
+            )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to keep: query heads of each layer, channel counts (None: all); and what a plan tells of how."""
+
+    heads: list[list[int]]
+    channels: list[int] | None = None
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -128,14 +151,39 @@ def most_heads(units: list[list[Unit]]) -> int:
     return sum(len(unit.heads) for layer in units for unit in layer)
 
 
-def share_budget(
+def by_share(
+    geometry: Geometry,
+    units: list[list[Unit]],
+    ratio: float,
+    unit: str,
+    targets: tuple[str, ...],
+    rules: Rules,
+    length: int,
+) -> Choice:
+    """Take ``ratio`` of all ``unit``: of ``"heads"``, ``"parameters"`` or ``"flops"`` at ``length``.
+
+    Raises ``ValueError`` naming the reachable maximum.
+    """
+    if unit != "heads":
+        return _share_budget(geometry, units, ratio, targets, rules, length if unit == "flops" else 0)
+    total, reachable = sum(geometry.heads), most_heads(units)
+    budget = round(ratio * total)
+    if budget > reachable:
+        raise ValueError(
+            f"ratio {ratio} is out of reach: at most {reachable / total:.3f} of the heads can go while every "
+            f"layer keeps {rules.min_heads}"
+        )
+    return Choice(remove_heads(geometry, units, budget, rules.allocation, None))
+
+
+def _share_budget(
     geometry: Geometry,
     units: list[list[Unit]],
     ratio: float,
     targets: tuple[str, ...],
     rules: Rules,
     length: int,
-) -> tuple[list[list[int]], list[int] | None]:
+) -> Choice:
     """Heads and channel counts whose removal takes ``ratio`` of all layers' work at ``length``.
 
     Each target gives the same share of its own. Raises ``ValueError`` naming the reachable maximum.
@@ -161,11 +209,13 @@ def share_budget(
     share = ratio * total / max(1, reachable)
     kept = remove_heads(geometry, units, share * pools["heads"], rules.allocation, length)
     if not pools["mlp"]:
-        return kept, None
+        return Choice(kept)
     # Heads come in lumps: the channels make up the difference, so that the total is what was asked for.
     rest = ratio * total - _removed(geometry, kept, length)
     rest /= channel_work * sum(geometry.channels)
-    return kept, [_round_channels(width - round(rest * width), width, rules) for width in geometry.channels]
+    return Choice(
+        kept, [_round_channels(width - round(rest * width), width, rules) for width in geometry.channels]
+    )
 
 
 def best_channels(scores: list[Tensor], counts: list[int]) -> list[list[int]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sinkprune.planning.allocation import Rules, Unit, fewest_channels
+from sinkprune.planning.allocation import Choice, Rules, Unit, fewest_channels
 from sinkprune.planning.latency_table import LatencyTable
 from sinkprune.plans import Geometry
 
@@ -102,29 +102,30 @@ def allocate(
     )
 
 
-def reach(
+def by_time(
     geometry: Geometry,
     scores: Tensor,
     units: list[list[Unit]],
+    targets: tuple[str, ...],
     table: LatencyTable | None,
     length: int | None,
     goal: tuple[float | None, float | None],
     rules: Rules,
-    channel_scores: list[Tensor] | None,
-) -> tuple[list[list[int]], list[int] | None, dict[str, Any]]:
-    """``allocate`` for ``sp.plan``: kept heads, channel counts (None: all), and what the plan remembers.
-
-    ``goal`` is ``(target_speedup, target_latency)``, one of them None.
-    """
+    channel_scores: Callable[[], list[Tensor]],
+) -> Choice:
+    """``allocate`` what ``targets`` name until ``goal`` is reached: ``(target_speedup, target_latency)``, one
+    of them None."""
     if table is None:
         raise ValueError(
             "a target needs a latency_table: sp.measured_table(model, [length]) or computed_table"
         )
     at, seconds = target_of(geometry, table, length, *goal)
+    worth = channel_scores() if "mlp" in targets else None
+    if "heads" not in targets:
+        units = [[] for _ in geometry.heads]
     found = allocate(
-        geometry, scores, units, table, length=at, target_seconds=seconds, rules=rules,
-        channel_scores=channel_scores,
-    )  # fmt: skip
+        geometry, scores, units, table, length=at, target_seconds=seconds, rules=rules, channel_scores=worth
+    )
     told = {
         "length": at,
         "target_speedup": goal[0],
@@ -134,7 +135,7 @@ def reach(
         "dense_seconds_per_step": found.dense_seconds,
         "score_lost": found.loss,
     }
-    return found.kept_heads, None if channel_scores is None else found.channels, told
+    return Choice(found.kept_heads, None if worth is None else found.channels, told)
 
 
 def target_of(

@@ -11,18 +11,11 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.evidence.evidence import Evidence
-from sinkprune.planning.allocation import (
-    ALLOCATIONS,
-    Rules,
-    best_channels,
-    head_units,
-    most_heads,
-    remove_heads,
-    share_budget,
-)
+from sinkprune.planning.allocation import Rules, best_channels, by_share, head_units
 from sinkprune.planning.channels import NEED_CALIBRATION, channel_scores, check_channel_rule
 from sinkprune.planning.criteria import HeadCriterion, criterion_for
 from sinkprune.planning.fits import cost, fitted
+from sinkprune.planning.latency_planning import by_time
 from sinkprune.plans import LayerPlan, PrunePlan
 from sinkprune.targets import fit_for
 
@@ -100,80 +93,54 @@ def plan(
             message says the maximum), a profile of another model, or evidence that a rule needs and that was
             not given.
     """
-    adapter = adapter_for(model)
-    geometry = adapter.geometry()
-    rule = criterion_for(criterion)
+    adapter, rule = adapter_for(model), criterion_for(criterion)
+    adapter.require_dense("plan on")
+    geometry, evidence = adapter.geometry(), Evidence(profile, calibration, seed)
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    if not isinstance(ratio, (int, float)):
-        raise TypeError(f"ratio must be a number, got {ratio!r}")
-    rules = Rules(
+    asked = Rules(
         allocation, min_heads, max_layer_share, round_heads, round_channels, whole_groups, whole_layers
     )
-    asked, room = rules, None if fit is None else fit_for(fit, geometry.family)
-    if room is not None:
-        rules = fitted(rules, room, geometry, targets)
-    evidence = Evidence(profile, calibration, seed)
-    if channel_rule is None:
-        channel_rule = "magnitude" if calibration is None else "flap"
+    room = None if fit is None else fit_for(fit, geometry.family)
+    rules = asked if room is None else fitted(asked, room, geometry, targets)
     timed = target_speedup is not None or target_latency is not None or latency_table is not None
     if timed:
         if room is not None:
             raise ValueError(f"fit={fit!r} takes a ratio: counts that a target speed chooses differ by layer")
         ratio, unit = 0.0, "parameters"
     tokens = 1024 if length is None else length
-    _check_arguments(adapter, rule, evidence, ratio, unit, targets, channel_rule, tokens, rules)
+    _check_share(ratio, unit, targets, tokens)
+    channels_by = channel_rule or ("magnitude" if calibration is None else "flap")
+    _check_evidence(adapter, rule, evidence, targets, channels_by)
+
+    def worth() -> list[Tensor]:
+        return [channel_scores(channels_by, adapter, evidence, i) for i in range(geometry.num_layers)]
 
     scores = scores_of(rule, adapter, evidence)
     units = head_units(geometry, scores, rules)
-    layers = range(geometry.num_layers)
-    told: dict[str, Any] = {}
-    counts = None
     if timed:
-        from sinkprune.planning.latency_planning import reach
-
-        worth = None
-        if "mlp" in targets:
-            worth = [channel_scores(channel_rule, adapter, evidence, layer) for layer in layers]
-        may_go = units if "heads" in targets else [[] for _ in layers]
         goal = (target_speedup, target_latency)
-        kept, counts, told = reach(geometry, scores, may_go, latency_table, length, goal, rules, worth)
-    elif unit == "heads":
-        budget, reachable = round(ratio * sum(geometry.heads)), most_heads(units)
-        if budget > reachable:
-            raise ValueError(
-                f"ratio {ratio} is out of reach: at most {reachable / sum(geometry.heads):.3f} of the heads "
-                f"can go while every layer keeps {min_heads}"
-            )
-        kept = remove_heads(geometry, units, budget, rules.allocation, None)
+        choice = by_time(geometry, scores, units, targets, latency_table, length, goal, rules, worth)
     else:
-        work_at = tokens if unit == "flops" else 0
-        kept, counts = share_budget(geometry, units, ratio, targets, rules, work_at)
-    channels: list[list[int] | None] = [None] * geometry.num_layers
-    if counts is not None:
-        by_channel = [channel_scores(channel_rule, adapter, evidence, layer) for layer in layers]
-        channels = [*best_channels(by_channel, counts)]
-
+        choice = by_share(geometry, units, ratio, unit, targets, rules, tokens)
+    channels: list[Any] = [None] * geometry.num_layers
+    if choice.channels is not None:
+        channels = best_channels(worth(), choice.channels)
     made = PrunePlan(
         geometry=geometry,
         fingerprint=adapter.fingerprint(),
-        layers=[LayerPlan(heads, ids) for heads, ids in zip(kept, channels, strict=True)],
+        layers=[LayerPlan(heads, ids) for heads, ids in zip(choice.heads, channels, strict=True)],
         criterion=rule.name,
         ratio=ratio,
         unit=unit,
         targets=targets,
         allocation=rules.allocation,
         seed=seed,
-        details={
-            "settings": vars(rule),
-            **asdict(rules),
-            "channel_rule": channel_rule,
-            "length": tokens,
-            **told,
-        },
+        details={"settings": vars(rule), **asdict(rules), "channel_rule": channels_by, "length": tokens}
+        | choice.told,
     )
     if room is not None:
         share = made.heads_removed / sum(geometry.heads) if unit == "heads" else made.parameters_removed
-        made.details["fit"] = cost(room, geometry, scores, asked, kept, counts, ratio, share)
+        made.details["fit"] = cost(room, geometry, scores, asked, choice.heads, choice.channels, ratio, share)
     if timed:
         made.ratio, made.allocation = made.parameters_removed, "latency"
     return made
@@ -188,23 +155,14 @@ def scores_of(rule: HeadCriterion, adapter: Adapter, evidence: Evidence) -> Tens
 
 
 def check_ratio(ratio: float) -> None:
-    """Raise ``ValueError`` outside [0, 1)."""
+    """Raise ``ValueError`` outside [0, 1), ``TypeError`` for what is no number."""
+    if not isinstance(ratio, (int, float)):
+        raise TypeError(f"ratio must be a number, got {ratio!r}")
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio must lie in [0, 1), got {ratio}")
 
 
-def _check_arguments(
-    adapter: Adapter,
-    rule: HeadCriterion,
-    evidence: Evidence,
-    ratio: float,
-    unit: str,
-    targets: tuple[str, ...],
-    channel_rule: str,
-    length: int,
-    rules: Rules,
-) -> None:
-    adapter.require_dense("plan on")
+def _check_share(ratio: float, unit: str, targets: tuple[str, ...], length: int) -> None:
     check_ratio(ratio)
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
@@ -212,17 +170,13 @@ def _check_arguments(
         raise ValueError(f"targets must be chosen from {TARGETS}, got {targets}")
     if unit == "heads" and targets != ("heads",):
         raise ValueError(f"unit='heads' removes heads only, got targets={targets}; use unit='parameters'")
-    if rules.allocation not in ALLOCATIONS:
-        raise ValueError(f"allocation must be one of {ALLOCATIONS}, got {rules.allocation!r}")
-    if rules.min_heads < 0:
-        raise ValueError(f"min_heads must be at least 0, got {rules.min_heads}")
-    if not 0 < rules.max_layer_share <= 1:
-        raise ValueError(f"max_layer_share must lie in (0, 1], got {rules.max_layer_share}")
-    if min(rules.round_heads, rules.round_channels, length) < 1:
-        raise ValueError(
-            "round_heads, round_channels and length must be at least 1, got "
-            f"{rules.round_heads}, {rules.round_channels} and {length}"
-        )
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+
+
+def _check_evidence(
+    adapter: Adapter, rule: HeadCriterion, evidence: Evidence, targets: tuple[str, ...], channel_rule: str
+) -> None:
     check_channel_rule(channel_rule)
     if rule.needs_profile and evidence.profile is None:
         raise ValueError(f"criterion {rule.name!r} needs a profile: pass sp.profile(model, prompts, ...)")
