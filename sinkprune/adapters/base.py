@@ -265,7 +265,7 @@ class Adapter(ABC):
         """A hash of tensor names, shapes and strided samples of their values.
 
         Values are rounded to bfloat16 first, so one checkpoint loaded as float32 or bfloat16 has one
-        fingerprint.
+        fingerprint; a float16 copy rounds otherwise and has another.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sinkprune.models import transformers_native
+from sinkprune.models.common import PACKED
 from sinkprune.models.published import NATIVE, native_kind
 from sinkprune.models.transformers_native import transformers_class
 
@@ -28,6 +29,10 @@ def lay_out_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
 
 
 def check_known(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless the config is of a class of transformers with weights as they are."""
+    for key in PACKED:
+        if config.get(key) is not None:
+            raise ValueError(f"{folder}: {key} in config.json: quantised weights are not read")
     if transformers_class(config) is None:
         raise ValueError(
             f"{folder}: unknown model_type {config.get('model_type')!r}; known: {', '.join(NATIVE)}, and "
@@ -36,10 +41,26 @@ def check_known(folder: Path, config: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object. Raises ``ValueError`` naming the file where it isn't one."""
+    """Parse a JSON object, each key once and every number finite. Raises ``ValueError`` naming the file where
+    it isn't one."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice[:80]!r} is there twice")
+        return found
+
+    def refused(name: str) -> Any:
+        raise ValueError(f"{name} is no number of JSON")
+
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=once, parse_constant=refused)
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON that can be read: it is nested too deep") from None
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(values).__name__}")

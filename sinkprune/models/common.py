@@ -16,6 +16,9 @@ from sinkprune.models.modules import AttentionCall, AttentionObserver
 from sinkprune.models.rotary import rotary_table
 
 Config = TypeVar("Config", bound="PublishedConfig")
+# Keys that change what is computed, of no native family: packed weights, and other rotary tables.
+PACKED = ("quantization_config", "compression_config")
+REFUSED = (*PACKED, "rope_scaling")
 
 
 @dataclass(kw_only=True)
@@ -54,7 +57,7 @@ class PublishedConfig:
     def from_dict(cls: type[Config], config: dict[str, Any]) -> Config:
         """Read a parsed ``config.json``. Raises ``ValueError`` naming the key that does not fit."""
         for key in cls.REQUIRED:
-            if not isinstance(config.get(key), int) or config[key] < 1:
+            if type(config.get(key)) is not int or config[key] < 1:
                 raise ValueError(
                     f"{cls.FAMILY} config: '{key}' must be a positive integer, got {config.get(key)!r}"
                 )
@@ -62,6 +65,11 @@ class PublishedConfig:
             if config.get(key, expected) not in (expected, None):
                 raise ValueError(
                     f"{cls.FAMILY} config: only {key}={expected!r} is supported, got {config[key]!r}"
+                )
+        for key in REFUSED:
+            if config.get(key) is not None:
+                raise ValueError(
+                    f"{cls.FAMILY} config: {key} is not computed here, got {str(config[key])[:80]}"
                 )
         rope = config.get("rope_parameters") or {}  # where transformers 5 writes the RoPE keys
         if rope.get("rope_type", "default") not in cls.ROPE_TYPES:
@@ -71,6 +79,10 @@ class PublishedConfig:
         config = {**{key: rope[key] for key in rope.keys() & names}, **config}
         known = {key: value for key, value in config.items() if key in names}
         result = cls(**known, extra={key: value for key, value in config.items() if key not in names})
+        for key in ("rope_theta", "rms_norm_eps"):
+            value = getattr(result, key)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise ValueError(f"{cls.FAMILY} config: {key} must be a positive number, got {value!r}")
         result.check()
         return result
 

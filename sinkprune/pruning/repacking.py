@@ -56,7 +56,9 @@ def apply(
             f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}"
         )
     if plan.fingerprint and plan.fingerprint != adapter.fingerprint():
-        raise ValueError("the plan was made for other weights: its fingerprint differs from the model's")
+        raise ValueError(
+            "the plan was made for other weights (float16 copies count as such): its fingerprint differs"
+        )
     if "repair" in plan.details:  # of the model that the plan was taken from
         plan = replace(plan, details={k: v for k, v in plan.details.items() if k != "repair"})
     adapter.check(*_kept(plan), mode)

@@ -11,6 +11,8 @@ import shutil
 import hf
 import pytest
 import torch
+from block_causals import llada2_config, sdar_config
+from dreams import published_config as dream_config
 from safetensors.torch import load_file, save_file
 from toys import (  # noqa: F401
     WordTokenizer,
@@ -410,6 +412,61 @@ def test_names_outside_the_folder_are_refused(tmp_path, name):
     (ours / "sinkprune.json").write_text(json.dumps(manifest))
     with pytest.raises((ValueError, FileNotFoundError), match=r"is not in the folder|7 is missing"):
         sp.load(ours)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"vocab_size": 61, "vocab_size": 62}', "the key 'vocab_size' is there twice"),
+        ('{"a": {"b": 1, "b": 1}}', "the key 'b' is there twice"),
+        ('{"rope_theta": NaN}', "NaN is no number of JSON"),
+        ('{"rope_theta": -Infinity}', "-Infinity is no number of JSON"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep"),
+    ],
+)
+@pytest.mark.parametrize("file", ["config.json", "sinkprune.json", "model.safetensors.index.json"])
+def test_json_that_readers_disagree_on_is_refused(tmp_path, file, text, message):
+    folder = sp.save(pruned("compact"), tmp_path / "m")
+    if "index" in file:
+        (folder / "sinkprune.json").unlink()
+    (folder / file).write_text(text)
+    if file == "config.json":
+        (folder / "sinkprune.json").unlink()
+    with pytest.raises(ValueError, match=rf"{re.escape(file)} is not JSON.*{message}") as caught:
+        sp.load(folder)
+    assert len(str(caught.value)) < 200 + len(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config is not computed here",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
+        ({"rope_theta": "1e4"}, "rope_theta must be a positive number, got '1e4'"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be a positive number, got -1e-06"),
+        ({"vocab_size": True}, "'vocab_size' must be a positive integer, got True"),
+    ],
+)
+@pytest.mark.parametrize("family", [published_config, dream_config, sdar_config, llada2_config])
+def test_keys_that_change_what_is_computed_are_refused_by_name(tmp_path, family, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps(family() | changes))
+    with pytest.raises(ValueError, match=message):
+        sp.load(tmp_path)
+
+
+def test_quantised_weights_of_a_class_of_transformers_are_refused(tmp_path):
+    model = hf.build("qwen3")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    with pytest.raises(ValueError, match=r"quantization_config in .*: quantised weights"):
+        sp.load(tmp_path)
 
 
 def test_a_relative_path_with_a_slash_is_fine(tmp_path, monkeypatch):
