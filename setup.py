@@ -282,7 +282,7 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["sinkprune", "sinkprune.*"]), "sinkprune.kernels"],
         package_dir={"sinkprune": "sinkprune", "sinkprune.kernels": "kernels"},
         package_data={
-            "sinkprune": ["assets/**/*", "templates/*", SKIPPED],
+            "sinkprune": ["py.typed", "assets/**/*", "templates/*", SKIPPED],
             "sinkprune.kernels": ["configs/*.json"],
         },
         ext_modules=[

@@ -11,6 +11,9 @@ Names are imported when first used, so that ``import sinkprune`` stays light.
 """
 
 import importlib
+import importlib.util
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from sinkprune.version import __version__
@@ -49,6 +52,7 @@ _HOMES = {
     "scheduled": "pruning.schedules",
     "Sparsity": "pruning.sparsification",
     "sparsify": "pruning.sparsification",
+    "texts": "checkpoints.checkpoint",
     "track": "evidence.tracking",
     "trajectories": "generation.trajectories",
 }
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     from sinkprune.adapters import adapter_for as adapter_for
     from sinkprune.checkpoints.checkpoint import load as load
     from sinkprune.checkpoints.checkpoint import save as save
+    from sinkprune.checkpoints.checkpoint import texts as texts
     from sinkprune.checkpoints.exporting import export as export
     from sinkprune.evaluation.footprint import memory as memory
     from sinkprune.evaluation.generation_quality import evaluate_generation as evaluate_generation
@@ -91,6 +96,24 @@ if TYPE_CHECKING:
     from sinkprune.pruning.schedules import scheduled as scheduled
     from sinkprune.pruning.sparsification import Sparsity as Sparsity
     from sinkprune.pruning.sparsification import sparsify as sparsify
+
+
+class _KernelsBeside:
+    """Finds ``sinkprune.kernels`` in a clone that is not installed, where it lies beside the package."""
+
+    folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "kernels")
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "sinkprune.kernels":
+            return None
+        return importlib.util.spec_from_file_location(
+            name, os.path.join(cls.folder, "__init__.py"), submodule_search_locations=[cls.folder]
+        )
+
+
+if os.path.isfile(os.path.join(_KernelsBeside.folder, "sink_update.py")):
+    sys.meta_path.append(_KernelsBeside)  # type: ignore[arg-type]  # last: an installed one comes first
 
 
 def __getattr__(name: str) -> Any:

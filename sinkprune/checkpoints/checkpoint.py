@@ -213,6 +213,19 @@ def asset(name: str) -> Path:
     return Path(str(importlib.resources.files("sinkprune"))) / "assets" / name
 
 
+def texts(name: str) -> str:
+    """A text that the package ships: ``"calibration"``, of the kind that "tiny" was trained on;
+    ``"held_out"``, of that kind too, which nothing was fitted to; ``"out_of_domain"``, of another kind.
+
+    Raises:
+        ValueError: another name.
+    """
+    names = sorted(path.stem for path in asset("text").glob("*.txt"))
+    if name not in names:
+        raise ValueError(f"texts are {', '.join(names)}; got {name!r}")
+    return asset(f"text/{name}.txt").read_text("utf-8")
+
+
 def folder_of(source: str | Path, revision: str | None = None) -> Path:
     """Where a model lies: ``"tiny"`` in the package, ``"small"`` in the user's cache, ``org/name`` in the
     hub's."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from sinkprune.adapters import adapter_for
 from sinkprune.checkpoints import gguf_writing, own_family, ragged, side_files
 from sinkprune.checkpoints.checkpoint import as_native, describe_model, hashes_of, write_shards, write_tensors
-from sinkprune.checkpoints.fitting import check_target
 from sinkprune.checkpoints.rebuilding import MANIFEST
 from sinkprune.checkpoints.trees import trim
 from sinkprune.files import whole_file, whole_folder
@@ -95,8 +94,6 @@ def folder_content(
         trimmed = trim(model)
     except TypeError as error:  # no description of its tree: then the family's own config had to say it
         raise refusal or error from error
-    if to != "hf":
-        check_target(target, trimmed)
     return ragged.ragged_tensors(trimmed), ragged.ragged_config(trimmed), True
 
 

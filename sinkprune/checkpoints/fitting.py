@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sinkprune.checkpoints.trees import Trimmed
-from sinkprune.targets import ARCHITECTURES, GGUF_FAMILIES, QKV, Architecture, Target
+from sinkprune.targets import ARCHITECTURES, GGUF_FAMILIES, QKV, Architecture
 
 
 def architecture_for(trimmed: Trimmed) -> Architecture:
@@ -41,26 +41,6 @@ def why_not(architecture: Architecture, trimmed: Trimmed) -> str | None:
         if reason is not None:
             return f"layer {layer} {reason}"
     return None
-
-
-def check_target(target: Target, trimmed: Trimmed) -> None:
-    """Raise ``ValueError`` where ``target``, which is not llama.cpp, can't hold ``trimmed``: the first layer
-    and rule."""
-    if trimmed.family not in target.families:
-        raise ValueError(
-            f"{target.name} {target.source} runs {', '.join(target.families)}; not {trimmed.family}"
-        )
-    for layer in range(trimmed.geometry.num_layers):
-        uneven = _uneven(trimmed, layer)
-        if target.equal and uneven:
-            raise ValueError(f"{target.name}: layer {layer} {uneven}")
-        added = [part for part in trimmed.biases(layer) if part not in QKV]
-        if added and not target.biases and not trimmed.details.get("biases"):
-            raise ValueError(
-                f"{target.name}: layer {layer} has biases ({', '.join(added)}) that it would drop: repair "
-                f"without them "
-                "(repair='least_squares')"
-            )
 
 
 def _uneven(trimmed: Trimmed, layer: int) -> str | None:

@@ -105,7 +105,7 @@ def read_text(path: str | None, embedded: str) -> str:
     if path is None:
         from sinkprune.checkpoints import checkpoint
 
-        return checkpoint.asset(f"text/{embedded}.txt").read_text("utf-8")
+        return checkpoint.texts(embedded)
     try:
         return Path(path).read_text("utf-8")
     except UnicodeDecodeError as error:

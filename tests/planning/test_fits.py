@@ -35,8 +35,9 @@ def counts(plan):
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.38, 0.5])
 @pytest.mark.parametrize(
     ("make", "fit"),
-    [(lambda: toy(n_heads=8, n_kv_heads=8), "llama.cpp"), (lambda: toy(n_heads=8, n_kv_heads=4), "vllm"),
-     (toy_sdar, "sglang"), (toy_sdar, "lmdeploy"), (toy_llada2, "sglang"), (lambda: build("qwen3"), "vllm")],
+    [(lambda: toy(n_heads=8, n_kv_heads=8), "llama.cpp"), (lambda: toy(n_heads=8, n_kv_heads=4), "llama.cpp"),
+     (toy_sdar, "sglang"), (toy_sdar, "lmdeploy"), (toy_llada2, "sglang"),
+     (lambda: build("qwen3"), "llama.cpp")],
     ids=["llada", "llada, groups", "sdar", "sdar, lmdeploy", "llada2", "qwen3"],
 )  # fmt: skip
 def test_a_target_that_needs_equal_layers_gets_as_many_heads_in_each_to_the_nearest(make, fit, ratio):
@@ -65,7 +66,7 @@ def test_equal_layers_lose_their_own_weakest_heads():
     assert [layer.kept_heads for layer in plan.layers] == by_one_layer
 
 
-@pytest.mark.parametrize("fit", ["transformers", "llama.cpp"])
+@pytest.mark.parametrize("fit", ["transformers", "llama.cpp", "vllm"])
 def test_where_layers_may_differ_only_whole_groups_go(fit):
     plan = planned(toy_dream(num_attention_heads=8, num_key_value_heads=4), fit, ratio=0.4, seed=2)
     heads, kv_heads = counts(plan)
@@ -85,9 +86,9 @@ def test_heads_groups_and_channels_divide_by_the_ranks(tp):
     model = toy(d_model=64, n_heads=16, n_kv_heads=8)
     plan = planned(model, f"vllm:tp={tp}", ratio=0.4, unit="parameters", targets=("heads", "mlp"))
     heads, kv_heads = counts(plan)
-    channels = {len(layer.kept_channels) for layer in plan.layers}
-    assert len(channels) == len(set(heads)) == 1 and heads[0] < 16 and min(channels) < 40
-    assert not any(size % tp for size in (heads[0], kv_heads[0], *channels))
+    channels = [len(layer.kept_channels) for layer in plan.layers]
+    assert min(heads) < 16 and min(channels) < 40
+    assert not any(size % tp for size in (*heads, *kv_heads, *channels))
 
 
 @pytest.mark.parametrize(("spec", "rows"), [("llama.cpp", 256), ("llama.cpp:rows=32", 32)])
