@@ -43,6 +43,7 @@ from sinkprune.version import __version__
 
 MANIFEST = "sinkprune.json"
 MANIFEST_SCHEMA = 1
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that layers run in
 SHARD_BYTES = 4 * 10**9
 
 
@@ -359,6 +360,8 @@ def _fill(
                         raise ValueError(
                             f"{path}: {name} must have shape {expected}, got {tuple(tensor.shape)}"
                         )
+                    if wanted[name].is_floating_point() and tensor.dtype not in FLOATS:
+                        raise ValueError(f"{path}: {name} is {tensor.dtype}: quantised weights are not read")
                     convert = dtype is not None and tensor.is_floating_point()
                     found[name] = tensor.to(dtype) if convert else tensor
         except SafetensorError as error:
