@@ -26,6 +26,7 @@ from sinkprune.checkpoints.layout import (
     read_json,
     weight_files,
 )
+from sinkprune.checkpoints.model_card import CARD, model_card
 from sinkprune.files import check_folder, whole_folder
 from sinkprune.models import small
 from sinkprune.models.marks import mark, mark_source, mark_sparsity, noted_sparsity, plan_of
@@ -168,6 +169,9 @@ def save(
             "sha256": hashes_of(part),
         }
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        source = side_files.name_of(model)  # the card is for people to edit: not in the manifest
+        card = model_card(folder.name, source, adapter.family, adapter.form, plan)
+        (part / CARD).write_text(card, "utf-8")
     return folder
 
 
@@ -199,7 +203,7 @@ def _require_ours(folder: Path) -> None:
     """Raise ``FileExistsError`` unless ``save`` wrote every file of ``folder``."""
     try:
         hashes = read_json(folder / MANIFEST)["sha256"]
-        known = {MANIFEST, side_files.GENERATION, *side_files.TOKENIZER, *hashes}
+        known = {MANIFEST, CARD, side_files.GENERATION, *side_files.TOKENIZER, *hashes}
     except (OSError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{folder} holds no checkpoint that save wrote; choose another path") from None
     foreign = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())

@@ -108,7 +108,7 @@ def test_nothing_is_pickled_on_the_way_out_or_in(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, refuse)
     folder = sp.save(pruned("compact"), tmp_path / "m", shard_bytes=20_000)
     sp.load(folder)
-    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".md"}
 
 
 def test_the_manifest_names_schema_provenance_and_the_hash_of_every_file(tmp_path):
@@ -121,7 +121,7 @@ def test_the_manifest_names_schema_provenance_and_the_hash_of_every_file(tmp_pat
     expected = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.iterdir()
-        if path.name != "sinkprune.json"
+        if path.name not in ("sinkprune.json", "README.md")  # which is for people to edit
     }
     assert manifest["sha256"] == expected
 
@@ -332,7 +332,8 @@ def test_our_checkpoint_is_replaced_only_when_asked(tmp_path):
     assert snapshot(tmp_path) == before
     sp.save(pruned("compact"), folder, overwrite=True)
     assert sp.adapter_for(sp.load(folder)[0]).form == "compact"
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "sinkprune.json"]
+    names = ["README.md", "config.json", "model.safetensors", "sinkprune.json"]
+    assert sorted(p.name for p in folder.iterdir()) == names
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
@@ -381,6 +382,7 @@ def test_every_file_that_save_writes_is_named_with_its_hash(tmp_path):
     folder = sp.save(pruned("compact"), tmp_path / "m", tokenizer=WordTokenizer(), shard_bytes=20_000)
     found = snapshot(folder)
     hashes = json.loads(found.pop("sinkprune.json"))["sha256"]
+    assert found.pop("README.md")  # for people to edit
     assert hashes == {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
     assert len(hashes) > 3 and "words.json" in hashes
 

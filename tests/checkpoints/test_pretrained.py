@@ -142,3 +142,18 @@ def test_trainer_trains_a_pruned_model_and_its_checkpoints_load(tmp_path):
     close(back, model.eval(), ids)
     trainer.save_model(str(tmp_path / "final"))
     close(sp.load(tmp_path / "final")[0], model, ids)
+
+
+def test_what_is_saved_says_what_was_done_to_it_and_its_card_may_be_edited(tmp_path):
+    build("llama").save_pretrained(tmp_path / "base")
+    model, _ = sp.load(tmp_path / "base")
+    sp.apply(model, manual_plan(model, RAGGED, SOME))
+    folder = sp.save(model, tmp_path / "m")
+    card = (folder / "README.md").read_text()
+    numbers = [sum(p.numel() for p in m.model.layers.parameters()) for m in (build("llama"), model)]
+    norms = 3 * 2 * 32
+    share = 100 * (1 - (numbers[1] - norms) / (numbers[0] - norms))
+    assert f"4 of 12 query heads and {share:.1f} % of the block parameters" in card
+    assert "layer by layer: 2, 2, 4." in card and "from base." in card and 'sp.load("m")' in card
+    (folder / "README.md").write_text("mine")
+    sp.save(sp.load(folder)[0], folder, overwrite=True)
