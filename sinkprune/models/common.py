@@ -83,6 +83,9 @@ class PublishedConfig:
             value = getattr(result, key)
             if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise ValueError(f"{cls.FAMILY} config: {key} must be a positive number, got {value!r}")
+        rows, mask = getattr(result, "vocabulary_rows", result.vocab_size), result.mask_token_id
+        if mask is not None and (type(mask) is not int or not 0 <= mask < rows):
+            raise ValueError(f"{cls.FAMILY} config: mask_token_id must be one of {rows} ids, got {mask!r}")
         result.check()
         return result
 

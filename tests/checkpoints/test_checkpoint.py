@@ -450,6 +450,7 @@ def test_json_that_readers_disagree_on_is_refused(tmp_path, file, text, message)
         ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
         ({"rope_theta": "1e4"}, "rope_theta must be a positive number, got '1e4'"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be a positive number, got -1e-06"),
+        ({"mask_token_id": 10**6}, "mask_token_id must be one of .* ids, got 1000000"),
         ({"vocab_size": True}, "'vocab_size' must be a positive integer, got True"),
     ],
 )
