@@ -211,6 +211,8 @@ class Adapter(ABC):
             mode: ``"mask"`` or ``"compact"``.
         """
         check_ready(self.model)
+        if mode == "compact":
+            self.require_plain(kept_channels)
         owners: dict[Any, int] = {}
         for layer in range(self.geometry().num_layers):
             if kept_channels[layer] is not None:
@@ -221,6 +223,26 @@ class Adapter(ABC):
                 raise ValueError(
                     f"layers {first} and {layer} share their attention weights: pruning one would prune both"
                 )
+
+    def require_plain(self, kept_channels: list[list[int] | None] | None = None) -> None:
+        """Raise ``ValueError`` where a projection computes more than its weight says: what packing, fusing,
+        sparsifying and saving would throw away.
+
+        Args:
+            kept_channels: of every layer, None where a layer's MLP stays as it is; None = read all.
+        """
+        replaced = type(self).compact is Adapter.compact  # not made smaller in place: hooks would be lost
+        for layer in range(self.geometry().num_layers):
+            try:
+                linears = self.linears(layer)
+            except ValueError:  # a family that names none, or a tree that it can't read: it says so itself
+                continue
+            channels = True if kept_channels is None else kept_channels[layer]
+            if channels == []:
+                raise ValueError(f"layer {layer} keeps no channels: keep one, or use mode='mask'")
+            for role, linear in linears.items():
+                if channels is not None or role in ("q", "k", "v", "qkv", "o"):
+                    require_plain(layer, role, linear, hooks=replaced)
 
     def refuse_compact(self) -> str | None:
         """Why this model can't take the compact form, or None where it can."""
@@ -302,6 +324,24 @@ def require_eval(model: nn.Module, dropout: float | None) -> None:
     """Raise ``ValueError`` where ``model`` would drop attention at random."""
     if model.training and dropout:
         raise ValueError(f"the model is in training mode with attention dropout {dropout}: call model.eval()")
+
+
+def require_plain(layer: int, role: str, linear: nn.Module | None, *, hooks: bool) -> None:
+    """Raise ``ValueError`` where ``linear`` is not an ordinary linear layer; ``hooks``: or has hooks."""
+    if linear is None:  # values from the keys' projection
+        return
+    weight = getattr(linear, "weight", None)
+    what = f"the {role} projection of layer {layer} is a {type(linear).__name__}"
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{what} without a weight to read (quantised?)")
+    if type(linear) is not nn.Linear or not weight.is_floating_point():
+        raise ValueError(
+            f"{what} (quantised, sharded or wrapped) of {weight.dtype}, and an nn.Linear "
+            "is needed: call merge_and_unload (LoRA), remove the parametrization or load it unquantised; "
+            "pruning can use mode='mask'"
+        )
+    if hooks and (linear._forward_hooks or linear._forward_pre_hooks):
+        raise ValueError(f"{what} with forward hooks, which would be lost: remove them first")
 
 
 def require_repackable(layer: int, kept_heads: list[int], linears: dict[str, nn.Module], owner: str) -> None:

@@ -319,7 +319,7 @@ def _narrow(linear: nn.Module, ids: list[int], width: int, columns: bool) -> nn.
     packed.weight = nn.Parameter(weight, requires_grad=source.weight.requires_grad)
     if source.bias is not None:
         bias = source.bias.detach().clone() if columns else ops.gather_heads(source.bias, ids, width, 0)
-        packed.bias = nn.Parameter(bias, requires_grad=source.weight.requires_grad)
+        packed.bias = nn.Parameter(bias, requires_grad=source.bias.requires_grad)
     return packed
 
 

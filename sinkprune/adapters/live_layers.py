@@ -22,7 +22,7 @@ from sinkprune.adapters.native import MLP
 from sinkprune.models.block_causal import positions_of
 from sinkprune.plans import Geometry
 
-_CALL = "scaled_dot_product_attention"
+_CALLS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"}  # itself, or transformers' registry
 
 
 class LiveLayers(LiveAdapter):
@@ -191,7 +191,7 @@ def calls_attention(attention: Any, modules: Iterable[str], counts: Iterable[str
     forward = getattr(type(attention).forward, "__code__", None) if isinstance(attention, nn.Module) else None
     return (
         forward is not None
-        and _CALL in forward.co_names
+        and not _CALLS.isdisjoint(forward.co_names)
         and all(isinstance(getattr(attention, name, None), nn.Module) for name in modules)
         and all(isinstance(getattr(attention, name, None), int) for name in counts)
     )

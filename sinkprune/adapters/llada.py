@@ -167,7 +167,7 @@ class LLaDABlocks(LiveAdapter):
             vocabulary=config.embedding_size or config.vocab_size,
             context=config.max_sequence_length,
             heads=(config.n_heads,) * layers,
-            kv_heads=(config.effective_n_kv_heads,) * layers,
+            kv_heads=(_kv_heads(config),) * layers,
             channels=tuple(self._channels(block) for block in self.sites()),
         )
 
@@ -229,6 +229,12 @@ class LLaDABlocks(LiveAdapter):
         block = cast(Any, site)
         block.config = copy.copy(block.config)
         block.config.n_heads, block.config.n_kv_heads = heads, kv_heads
+
+
+def _kv_heads(config: Any) -> int:
+    """From the model's own config, or a Hugging Face one, which does not work it out."""
+    own = getattr(config, "effective_n_kv_heads", None) or getattr(config, "n_kv_heads", None)
+    return int(own or (1 if getattr(config, "multi_query_attention", False) else config.n_heads))
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

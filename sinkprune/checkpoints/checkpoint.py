@@ -149,6 +149,8 @@ def save(
     sparsity: Sparsity | None = noted_sparsity(model)
     model = as_native(model)
     config = describe_model(model)
+    if adapter_for(model).form != "compact":
+        adapter_for(model).require_plain()  # load would make ordinary linear layers of them
     require_place(folder, overwrite)
     _require_readable(model, config)
     with whole_folder(folder, _require_ours if overwrite else None) as part:

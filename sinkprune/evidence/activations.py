@@ -72,9 +72,11 @@ def gather(adapter: Adapter, calibration: Calibration, *, batch: int = 16) -> li
     device = adapter.device
     geometry = adapter.geometry()
     layers = [_Layer(adapter, geometry, layer) for layer in range(geometry.num_layers)]
-    hooks = [hook for layer in layers for hook in layer.listen()]
-    adapter.observe(lambda layer, call: layers[layer].attention(call))
+    hooks: list[Any] = []
     try:
+        for layer in layers:
+            layer.listen(hooks)
+        adapter.observe(lambda layer, call: layers[layer].attention(call))
         with torch.no_grad():
             for part in calibration.batches(batch):
                 valid = None if part.valid is None else part.valid.to(device)
@@ -98,11 +100,13 @@ class _Layer:
     valid: Tensor | None = None
     sums: dict[str, Any] = field(default_factory=dict)
 
-    def listen(self) -> list[Any]:
+    def listen(self, hooks: list[Any]) -> None:
+        """Add this layer's hooks to ``hooks``."""
         linears = self.adapter.linears(self.layer)
         fused = "qkv" in linears
         first, value = linears["qkv" if fused else "q"], linears["qkv" if fused else "v"]
-        hooks = [
+        value = linears["k"] if value is None else value  # full attention of DiffusionGemma
+        hooks += [
             first.register_forward_pre_hook(partial(self._input, "attention")),
             value.register_forward_hook(self._value),
             linears["o"].register_forward_pre_hook(self._heads),
@@ -114,7 +118,6 @@ class _Layer:
                 entry.register_forward_pre_hook(partial(self._input, "mlp")),
                 linears["down"].register_forward_pre_hook(self._channels),
             ]
-        return hooks
 
     def attention(self, call: AttentionCall) -> None:
         """The attention's column mass ``[B, H, L]`` and log-sum-exp, whatever its mask."""

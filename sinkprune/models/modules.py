@@ -149,7 +149,7 @@ class SinkPrunedAttention(nn.Module):
                 columns = native.pack_o(o, kept, head_dim)
             else:  # what is left of the layer is the output's bias
                 qkv, bias, columns = q.new_empty(0, q.shape[1]), None, o.new_empty(o.shape[0], 0)
-            return cls(
+            packed = cls(
                 qkv,
                 columns,
                 head_dim,
@@ -161,6 +161,11 @@ class SinkPrunedAttention(nn.Module):
                 k_norm=k_norm,
                 scale=scale,
             )
+        trains_as(packed.qkv_proj.weight, q, k, v)
+        trains_as(packed.qkv_proj.bias, q_bias, k_bias, v_bias)
+        trains_as(packed.o_proj.weight, o)
+        trains_as(packed.o_proj.bias, o_bias)
+        return packed
 
     def forward(
         self,
@@ -266,6 +271,12 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)
     return layer
+
+
+def trains_as(parameter: Tensor | None, *sources: Tensor | None) -> None:
+    """Let a packed ``parameter`` train where one of its sources did."""
+    if parameter is not None:
+        parameter.requires_grad_(any(source is not None and source.requires_grad for source in sources))
 
 
 def _index_device(weight: Tensor) -> torch.device:

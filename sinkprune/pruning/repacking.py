@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from sinkprune.adapters import Adapter, AttentionWeights, MLPWeights, adapter_for
 from sinkprune.evidence.calibration import Calibration
 from sinkprune.models.marks import mark
-from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
+from sinkprune.models.modules import CompactMLP, SinkPrunedAttention, trains_as
 from sinkprune.ops import native
 from sinkprune.plans import Geometry, LayerPlan, PrunePlan
 from sinkprune.pruning.repair import add_biases, repaired
 
 
+@torch.inference_mode(False)  # else the new weights could never train
 def apply(
     model: nn.Module,
     plan: PrunePlan,
@@ -183,7 +184,12 @@ def compact_mlp(weights: MLPWeights, channels: list[int]) -> CompactMLP:
     if weights.gate_bias is not None and weights.up_bias is not None:
         index = torch.tensor(channels, device=weights.gate_bias.device)
         bias = torch.cat((weights.gate_bias[index], weights.up_bias[index]))
-    return CompactMLP(gate_up, down, bias, _copy(weights.down_bias))
+    mlp = CompactMLP(gate_up, down, bias, _copy(weights.down_bias))
+    trains_as(mlp.gate_up_proj.weight, weights.gate, weights.up)
+    trains_as(mlp.gate_up_proj.bias, weights.gate_bias, weights.up_bias)
+    trains_as(mlp.down_proj.weight, weights.down)
+    trains_as(mlp.down_proj.bias, weights.down_bias)
+    return mlp
 
 
 def mask_indices(adapter: Adapter, plan: PrunePlan) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -191,7 +197,11 @@ def mask_indices(adapter: Adapter, plan: PrunePlan) -> list[tuple[Tensor | None,
     found: list[tuple[Tensor | None, Tensor | None]] = []
     for layer, kept in enumerate(plan.layers):
         device = adapter.attention_weights(layer).q.device
-        channels = None if kept.kept_channels is None else torch.tensor(kept.kept_channels, device=device)
+        channels = (
+            None
+            if kept.kept_channels is None
+            else torch.tensor(kept.kept_channels, dtype=torch.long, device=device)
+        )
         everything = len(kept.kept_heads) == plan.geometry.heads[layer]
         heads = None if everything else torch.tensor(kept.kept_heads, dtype=torch.long, device=device)
         found.append((heads, channels))
@@ -221,6 +231,11 @@ def fuse(model: nn.Module, *, low_memory: bool = False) -> nn.Module:
         ValueError: a model that is pruned or fused already, or that can't take the compact form.
     """
     adapter = adapter_for(model)
+    if type(adapter).compact is not Adapter.compact:
+        raise ValueError(
+            f"a live {adapter.family} model keeps its own modules, so there is nothing to fuse: load it as a "
+            "native model"
+        )
     geometry = adapter.geometry()
     gated = geometry.mlp_matrices == 3
     layers = [

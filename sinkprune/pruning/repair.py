@@ -102,7 +102,9 @@ def repaired(
                         module.weight[:, columns] = weight.to(module.weight.dtype)
                         if method != "least_squares" or module.bias is not None:
                             fitted = bias.to(module.weight.dtype)
-                            module.bias = nn.Parameter(fitted, module.weight.requires_grad)
+                            module.bias = nn.Parameter(
+                                fitted, (module.weight if module.bias is None else module.bias).requires_grad
+                            )
                 pruned.advance(layer)
             finally:
                 _skip(adapter, layer, None, None)

@@ -165,6 +165,7 @@ def _check(adapter: Adapter, target: Target, pattern: str) -> list[dict[str, nn.
         raise ValueError("the model is sparse already: sparsify the dense model")
     layers = range(geometry.num_layers)
     adapter.check([list(range(heads)) for heads in geometry.heads], [None for _ in layers], "mask")
+    adapter.require_plain()
     linears = []
     for layer in layers:
         modules = {role: linear(module) for role, module in adapter.linears(layer).items()}
