@@ -59,7 +59,7 @@ def test_hooks_that_a_native_model_would_lose_are_refused():
     model = FAMILIES["native"]()
     plan = sp.plan(model, ratio=0.2, criterion="magnitude")
     handle = model.blocks[0].q_proj.register_forward_hook(lambda module, args, out: out * 2)
-    with pytest.raises(ValueError, match="q projection of layer 0 .* forward hooks"):
+    with pytest.raises(ValueError, match=r"q projection of layer 0 .* forward hooks"):
         sp.apply(model, plan)
     handle.remove()
     sp.apply(model, plan)
