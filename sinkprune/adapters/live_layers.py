@@ -156,25 +156,32 @@ class _Forward:
             raise ValueError(
                 "pruned or tracked attention has no probabilities: call without output_attentions"
             )
-        with InterceptAttention(self.attention):
+        given = [x for x in args if isinstance(x, Tensor) and x.dim() == 4]
+        shapes = [x.shape for x in (*given, keywords.get("attention_mask")) if isinstance(x, Tensor)]
+        with InterceptAttention(self.attention, shapes):
             return self.forward(*args, **keywords)
 
 
 class InterceptAttention(TorchFunctionMode):
-    """``attention`` in the place of PyTorch's."""
+    """``attention`` in the place of PyTorch's. ``masks``: the shapes of the masks that the forward was given;
+    every other function, and ``torch.all`` of anything else, answers as ever."""
 
-    def __init__(self, attention: LiveAttention) -> None:
+    def __init__(self, attention: LiveAttention, masks: Iterable[torch.Size] = ()) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention, self.masks = attention, set(masks)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             return self.attention(*args, **(kwargs or {}))
-        if func is torch.all:  # SDAR asks whether all keys are seen, to call FlashAttention instead: say no
+        if func is torch.all and len(args) == 1 and not kwargs and self._is_mask(args[0]):
+            # SDAR asks whether all keys are seen, to call FlashAttention instead: say no
             return torch.zeros((), dtype=torch.bool)
         return func(*args, **(kwargs or {}))
+
+    def _is_mask(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.dtype == torch.bool and x.shape in self.masks
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.transformers_attention import TransformersAdapter
+from sinkprune.models.block_causal import positions_of
 
 
 @register_adapter
@@ -19,6 +20,16 @@ class TransformersBert(TransformersAdapter):
     facts = Facts("BERT", export="channels alone: num_attention_heads fixes the width of a head")
     head_dim_name = "attention_head_size"
     mlp_matrices = 2
+
+    def predict(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
+    ) -> Tensor:
+        """Logits as in ``Adapter.predict``; absolute positions count from a sequence's first token."""
+        if attention_mask is None:
+            return super().predict(input_ids, attention_mask, rows)
+        positions = positions_of(attention_mask).clamp(min=0)
+        output = self.model(input_ids, attention_mask=attention_mask, position_ids=positions)
+        return cast(Tensor, output.logits)[:, rows]
 
     @staticmethod
     def layers_of(model: nn.Module) -> nn.ModuleList:

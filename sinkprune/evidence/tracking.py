@@ -42,7 +42,6 @@ class ModelTracker:
             0  # forwards since the last one looked at; at most `every` values, so few recompilations
         )
         self._forwards: Tensor | None = None  # int64 on the device, so that a graph can count
-        self._positions: tuple[Tensor, Tensor] | None = None  # of the padding mask they were made from
         self._seen: tuple[Tensor | None, int] | None = None
         self.tracker: SinkTracker | None = None
 
@@ -120,11 +119,8 @@ class ModelTracker:
             return call.query_positions[:samples]
         if call.key_padding_mask is None or call.query.shape[2] != call.key.shape[2]:
             return None
-        if self._positions is None or self._positions[0] is not call.key_padding_mask:
-            mask = call.key_padding_mask[:samples]
-            index = torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32)
-            self._positions = (call.key_padding_mask, torch.where(mask, index, -1))
-        return self._positions[1]
+        mask = call.key_padding_mask[:samples]  # not remembered: a sampler may write into one buffer
+        return torch.where(mask, torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32), -1)
 
     def end_step(self) -> None:
         """Fold the step's masses into the statistics."""

@@ -37,7 +37,7 @@ def denoise(
     prompt_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    steps: int = 128,
+    steps: int | None = None,
     gen_length: int = 128,
     block_length: int | None = None,
     temperature: float = 0.0,
@@ -69,7 +69,7 @@ def denoise(
         prompt_ids: int64 ``[B, P]``, P >= 1, left-padded where prompts differ in length.
         attention_mask: ``[B, P]``, 1 at valid tokens; None where nothing is padded.
         steps: forwards in total, a multiple of the number of blocks, at most ``gen_length``; not used with a
-            threshold.
+            threshold. None means 128, or one a token where those are fewer.
         gen_length: tokens to fill.
         block_length: tokens of a block, dividing ``gen_length``; None means one block, or those of the model
             or of its published sampler.
@@ -104,6 +104,7 @@ def denoise(
             model does not take, or padding that its blocks can't express.
     """
     adapter = adapter_for(model)
+    steps = min(128, gen_length) if steps is None else steps
     canvas = _prepare(
         adapter,
         prompt_ids,
@@ -214,7 +215,7 @@ def generate(
     tokenizer: Any,
     prompt: str | list[str],
     *,
-    steps: int = 64,
+    steps: int | None = None,
     gen_length: int = 64,
     progress: bool = False,
     callback: Callable[[Step], object] | None = None,
@@ -222,11 +223,13 @@ def generate(
 ) -> str | list[str]:
     """Continue ``prompt`` and return the new text (a list for a list of prompts).
 
-    ``callback`` and ``options`` are those of ``denoise``; where the config names no mask token, the one of
+    ``callback`` and ``options`` are those of ``denoise``; ``steps`` None means 64, or one a token where those
+    are fewer; where the config names no mask token, the one of
     ``tokenizer`` is taken. ``progress`` counts tokens, for the number of forwards may depend on the text.
     Raises ``ValueError`` for an empty prompt, and what ``denoise`` raises.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    steps = min(64, gen_length) if steps is None else steps
     adapter = adapter_for(model)
     device = adapter.device
     ids, attention_mask = encode_prompts(tokenizer, prompts)
@@ -337,6 +340,19 @@ def _check_prompts(prompt_ids: Tensor, attention_mask: Tensor | None, vocabulary
     if attention_mask is not None and attention_mask.shape != prompt_ids.shape:
         raise ValueError(
             f"attention_mask must have shape {tuple(prompt_ids.shape)}, got {tuple(attention_mask.shape)}"
+        )
+    if attention_mask is not None:
+        _check_left_padded(attention_mask)
+
+
+def _check_left_padded(attention_mask: Tensor) -> None:
+    """Raise ``ValueError`` unless every row of ``[B, P]`` is zeros, then ones, and ends in a one."""
+    valid = attention_mask != 0
+    wrong = (~valid[:, -1] | (valid[:, :-1] & ~valid[:, 1:]).any(1)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            "prompts must be padded on the left (attention_mask 0…0 1…1 in each row, at least one 1), since "
+            f"the new tokens follow the last column: rows {wrong[:8]} are not"
         )
 
 

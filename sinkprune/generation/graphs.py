@@ -28,6 +28,7 @@ class _Recorded(NamedTuple):
     valid: Tensor | None
     replay: Callable[[], object]
     logits: Tensor
+    tables: object  # RoPE's, which the graph reads by address; the model may replace its own
 
 
 class StepGraph:
@@ -121,7 +122,7 @@ class StepGraph:
                 reason = " ".join(str(error).split())[:200]
                 advice = "this model's step can't be recorded, run without graphs"
                 raise RuntimeError(f"{advice}: {reason}") from error
-        return _Recorded(ids, valid, replay, logits)
+        return _Recorded(ids, valid, replay, logits, getattr(self.adapter.model, "_rotary", None))
 
     @staticmethod
     def _fill(ids: Tensor, valid: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None) -> None:

@@ -20,7 +20,8 @@ def profile(
     prompts: str | list[str] | Tensor,
     *,
     tokenizer: Any = None,
-    steps: int = 64,
+    attention_mask: Tensor | None = None,
+    steps: int | None = None,
     gen_length: int = 128,
     batch: int = 8,
     gate: SinkGate | None = None,
@@ -32,8 +33,11 @@ def profile(
     Args:
         model: of a known family.
         prompts: strings (with ``tokenizer``), or ids int64 ``[S, P]``.
-        steps, gen_length: of the sampler; ``options`` are the rest of ``denoise``'s.
-        batch: trajectories that run together.
+        attention_mask: ``[S, P]``, 1 at valid tokens, of ids that are padded on the left.
+        steps, gen_length: of the sampler; steps None means 64, or one a token where those are fewer;
+            ``options`` are the rest of ``denoise``'s.
+        batch: trajectories that run together; prompts of a block-causal model only with those whose lengths
+            differ from theirs by whole blocks.
         gate: when a sink counts as standing out.
         progress: show a bar.
 
@@ -43,22 +47,26 @@ def profile(
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, Tensor):
-        ids, valid = prompts, torch.ones_like(prompts)
+        ids, valid = prompts, torch.ones_like(prompts) if attention_mask is None else attention_mask
+    elif attention_mask is not None:
+        raise ValueError("attention_mask goes with ids: text brings its own")
     else:
         ids, valid = encode_prompts(tokenizer, list(prompts))
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"prompts must be ids [S, P] with S, P >= 1, got {tuple(ids.shape)}")
+    if valid.shape != ids.shape:
+        raise ValueError(f"attention_mask must have shape {tuple(ids.shape)}, got {tuple(valid.shape)}")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     adapter = adapter_for(model)
     device = adapter.device
+    steps = min(64, gen_length) if steps is None else steps
+    batches = _batches(valid, batch, adapter.block_size)
     parts: list[SinkStatistics] = []
     padding: list[Tensor] = []  # on the left of each sample, so that positions count from its first token
-    with tqdm(
-        total=steps * -(-len(ids) // batch), desc="profiling", unit="step", disable=not progress
-    ) as bar:
-        for first in range(0, len(ids), batch):
-            rows, mask = ids[first : first + batch].to(device), valid[first : first + batch].to(device)
+    with tqdm(total=steps * len(batches), desc="profiling", unit="step", disable=not progress) as bar:
+        for samples in batches:
+            rows, mask = ids[samples].to(device), valid[samples].to(device)
             narrow = int(mask.any(0).float().argmax())  # padding that this part of the batch does not need
             room = steps + gen_length  # a threshold, or a prompt within a block, takes other than `steps`
             with track(model, samples=len(rows), gate=gate, trace=True, max_steps=room) as tracker:
@@ -76,6 +84,7 @@ def profile(
     said = {name: getattr(value, "name", value) for name, value in options.items() if name != "callback"}
     settings = {"steps": steps, "gen_length": gen_length, "prompts": len(ids), **said}
     settings["gate"] = {"fair_share": used.fair_share, "sigma": used.sigma}
+    order = torch.tensor([sample for samples in batches for sample in samples]).argsort()
     first_part = parts[0]
     assert first_part.trace_positions is not None and first_part.trace_mass is not None
     trace = first_part.trace_positions[:, :, 0]
@@ -84,7 +93,7 @@ def profile(
         geometry=adapter.geometry(),
         fingerprint=adapter.fingerprint(),
         heads=heads,
-        statistics=_collect(parts, padding),
+        statistics={name: v[:, order] for name, v in _collect(parts, padding).items()},
         trace_positions=(trace - padding[0][0]).clamp(min=-1).to(torch.int16).cpu(),
         trace_mass=first_part.trace_mass[:, :, 0].half().cpu(),
         settings=settings,
@@ -94,6 +103,15 @@ def profile(
         result.trace_positions = _kept_columns(result.trace_positions.transpose(0, 1), heads).transpose(0, 1)
         result.trace_mass = _kept_columns(result.trace_mass.transpose(0, 1), heads).transpose(0, 1)
     return result
+
+
+def _batches(valid: Tensor, batch: int, block: int | None) -> list[list[int]]:
+    """Samples of ``valid`` ``[S, P]`` that run together, at most ``batch``; the first sample is in the first.
+    With a ``block``, those whose lengths are alike modulo it."""
+    groups: dict[int, list[int]] = {}
+    for sample, length in enumerate((valid != 0).sum(1).tolist()):
+        groups.setdefault(0 if block is None else length % block, []).append(sample)
+    return [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
 
 
 def _kept_columns(values: Tensor, heads: list[list[int]]) -> Tensor:

@@ -114,7 +114,8 @@ class Sampler(ABC):
         """A token for each row of ``[B, R, V]`` and the confidence in it, ``[B, R]`` int64 and float64.
 
         Noise and probabilities in float64 (float32 noise lowers quality in masked diffusion: arXiv
-        2409.02908), a bounded number of rows at a time.
+        2409.02908), a bounded number of rows at a time. Raises ``ValueError`` for logits that are NaN or
+        infinite.
         """
         flat = logits.reshape(-1, logits.shape[-1])
         tokens, sureness = [], []
@@ -126,6 +127,11 @@ class Sampler(ABC):
                 token = (limited - noise.log_()).argmax(-1, keepdim=True)
             else:
                 token = part.argmax(-1, keepdim=True)
+            if not bool(wide.gather(-1, token).isfinite().all()):  # argmax points at a NaN where there is one
+                raise ValueError(
+                    "the model's logits are NaN or infinite: no token can be chosen (a dtype too narrow for "
+                    "the weights, or damaged weights?)"
+                )
             tokens.append(token)
             sureness.append(self.confidence(wide, limited, token))
         shape = logits.shape[:-1]

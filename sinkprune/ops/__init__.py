@@ -64,7 +64,7 @@ def attention(
 
     Args:
         q: ``[B, Hq, Lq, D]``, float32, float16, bfloat16 (float64 on the reference and the CPU paths).
-        k, v: ``[B, Hkv, Lk, D]``, q's dtype.
+        k, v: ``[B, Hkv, Lk, D]``, q's dtype; under ``torch.autocast`` all three are cast to its dtype first.
         kept_heads: sorted unique query-head ids to compute, int sequence or tensor ``[h]``; None = all.
         kv_head_of: the key/value head of every query head, ``[Hq]``; None = ``h // (Hq / Hkv)``.
         key_padding_mask: bool ``[B, Lk]``, True = valid.
@@ -87,6 +87,7 @@ def attention(
         ValueError, TypeError: an argument has the wrong rank, shape, dtype, device or values.
         BackendUnavailable: the forced backend cannot serve the call.
     """
+    q, k, v = _autocast(q, k, v)
     check_queries_keys(q, k, v)
     heads = check_heads(kept_heads, q.shape[1], q.device)
     groups = check_kv_head_of(kv_head_of, q.shape[1], k.shape[1], q.device)
@@ -113,6 +114,17 @@ def attention(
         key_positions=key_positions,
     )  # fmt: skip
     return out, lse.detach()
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under ``torch.autocast``, the tensors in its dtype, as PyTorch's own attention takes them (float64
+    stays)."""
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    wide = torch.float64
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != wide else t for t in tensors)
 
 
 def attention_backend(
@@ -172,6 +184,7 @@ def column_mass(
         kept
     per head and normalised.
     """
+    q, k = _autocast(q, k)
     check_queries_keys(q, k, None)
     heads = check_heads(kept_heads, q.shape[1], q.device)
     groups = check_kv_head_of(kv_head_of, q.shape[1], k.shape[1], q.device)

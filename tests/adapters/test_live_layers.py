@@ -242,3 +242,25 @@ def test_they_profile_plan_and_sample(twin):
     plan = sp.plan(model, sp.profile(model, tokens(2, 4), steps=2, gen_length=4), "sink_variance", ratio=0.4)
     *_, ids = sp.denoise(sp.apply(model, plan), tokens(2, 4), steps=2, gen_length=4)
     assert (ids != 60).all()
+
+
+@pytest.mark.parametrize("form", ["tracked", "mask"])
+def test_other_functions_keep_their_meaning_while_a_pruned_or_tracked_forward_runs(form):
+    model, ids, answers = sdar_twin(), tokens(1, 8), []
+
+    def ask(module, args):
+        ones = torch.ones(3, dtype=torch.bool)
+        answers.append(
+            (bool(torch.all(ones)), torch.all(torch.ones(2, 2), dim=1).shape, bool(torch.any(ones)))
+        )
+
+    handles = [attention_of(layer).q_proj.register_forward_pre_hook(ask) for layer in model.model.layers]
+    if form == "mask":
+        sp.apply(model, manual_plan(model, HEADS), mode="mask")
+        call(model, ids)
+    else:
+        with sp.track(model):
+            call(model, ids)
+    for handle in handles:
+        handle.remove()
+    assert answers == [(True, (2,), True)] * len(handles)

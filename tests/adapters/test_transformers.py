@@ -292,3 +292,17 @@ def test_our_package_does_not_import_transformers_before_the_user_does():
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen3, bidirectional"])
+def test_padding_on_the_left_changes_no_prediction(name):
+    model = build(name)
+    ids = torch.tensor([[11, 12, 13, 14, 15]])
+    padded, valid = (
+        torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), 1),
+        (torch.arange(9) >= 4).long()[None],
+    )
+    adapter = sp.adapter_for(model)
+    got, alone = adapter.predict(padded, valid)[:, 4:], adapter.predict(ids)
+    torch.testing.assert_close(got, alone, atol=2e-5, rtol=1e-4)

@@ -39,8 +39,11 @@ def native_dream_probabilities(model, rows):
 def eager_probabilities(model, rows):
     """Those that transformers returns, ``[rows, layers, heads, L, L]``."""
     model.set_attn_implementation("eager")
+    absolute = {}
+    if rows.valid is not None and model.config.model_type == "bert":  # counted from the first valid token
+        absolute["position_ids"] = (rows.valid.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        found = model(rows.ids, attention_mask=rows.valid, output_attentions=True).attentions
+        found = model(rows.ids, attention_mask=rows.valid, output_attentions=True, **absolute).attentions
     model.set_attn_implementation("sdpa")
     return torch.stack(found, 1)
 

@@ -275,3 +275,27 @@ def test_prompts_are_padded_on_the_left():
 def test_prompts_without_tokens_are_refused(tokenizer, prompts, message):
     with pytest.raises(ValueError, match=message):
         encode_prompts(tokenizer, prompts)
+
+
+@pytest.mark.parametrize("row", [[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]], ids=["right", "empty", "hole"])
+def test_padding_that_is_not_on_the_left_is_refused(row):
+    valid = torch.tensor([[1, 1, 1, 1], row])
+    with pytest.raises(ValueError, match=r"padded on the left.*rows \[1\] are not"):
+        next(sp.denoise(toy(), tokens(2, 4), valid, gen_length=4, steps=4))
+
+
+def test_steps_unasked_are_as_many_as_the_tokens_where_those_are_few():
+    seen = []
+    sp.generate(toy(), WordTokenizer(), "w1 w2", gen_length=6, callback=seen.append)
+    assert len(seen) == 6
+    assert len(list(sp.denoise(toy(), tokens(1, 3), gen_length=5))) == 5
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"remasking": "random"}, {"threshold": 0.5}])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_write_nothing(value, options):
+    model = toy()
+    with torch.no_grad():
+        model.model["transformer"]["ff_out"].weight.fill_(value)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        next(sp.denoise(model, tokens(1, 3), gen_length=4, **options))

@@ -1,5 +1,8 @@
 """Step graphs: buckets, buffers, eviction and renewal, with a recorder that stands in for the GPU's."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from toys import MASK, manual_plan, one_thread, tokens, toy  # noqa: F401
@@ -178,3 +181,17 @@ def test_generation_through_graphs_writes_the_same_tokens_and_keeps_the_graphs()
     assert (recorder.captures, recorder.replays) == (2, 16)  # one a block
     with pytest.raises(ValueError, match="pass either graphs or a cache"):
         next(sp.denoise(model, prompt, graphs=True, cache="dual", **options))
+
+
+@torch.no_grad()
+def test_a_graph_keeps_the_tables_that_it_reads_after_a_longer_one_replaced_them():
+    model = toy()
+    graph, _ = graph_of(model, bucket=16)
+    graph(tokens(1, 16))
+    table = weakref.ref(model._rotary[0])
+    graph(tokens(1, 32))
+    gc.collect()
+    assert graph.held == 2 and table() is not None
+    del graph
+    gc.collect()
+    assert table() is None

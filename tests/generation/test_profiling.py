@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from block_causals import toy_llada2, toy_sdar
+from layer_twins import sdar_twin
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -394,3 +396,41 @@ def test_one_string_is_one_prompt(model):
 def test_ids_outside_the_vocabulary_are_refused(model, ids):
     with pytest.raises(ValueError, match=r"must be integers in \[0, 61\)"):
         sp.profile(model, ids, **SIZES)
+
+
+def test_ids_with_their_mask_are_profiled_as_their_tokens_alone(model):
+    ids = torch.tensor([[7, 8, 2, 11]])
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), ids), 1)
+    valid = (torch.arange(7) >= 3).long()[None]
+    alone = sp.profile(model, ids, **SIZES)
+    got = sp.profile(model, padded, attention_mask=valid, **SIZES)
+    assert_statistics(got.statistics, {name: value.double() for name, value in alone.statistics.items()})
+    with pytest.raises(ValueError, match="attention_mask must have shape"):
+        sp.profile(model, ids, attention_mask=valid, **SIZES)
+    with pytest.raises(ValueError, match="padded on the left"):
+        sp.profile(model, padded, attention_mask=valid.flip(1), **SIZES)
+
+
+@pytest.mark.parametrize("make", [toy_sdar, toy_llada2, sdar_twin])
+def test_block_causal_prompts_of_any_lengths_have_the_statistics_of_each_alone(make):
+    model = make()
+    texts = ["w1 w2 w3", "w4 w5 w6 w7 w8", "w9 w3 w5 w2 w4 w6 w8", "w6 w7 w8 w9 w1"]  # 3, 1, 3, 1 modulo 4
+    sizes = {"steps": 8, "gen_length": 8, "tokenizer": WordTokenizer()}
+    got = sp.profile(model, texts, **sizes)
+    for sample, text in enumerate(texts):
+        alone = sp.profile(model, text, **sizes)
+        column = {name: value[:, sample : sample + 1] for name, value in got.statistics.items()}
+        assert_statistics(column, {name: value.double() for name, value in alone.statistics.items()})
+
+
+def test_a_mask_buffer_that_a_sampler_writes_into_gives_the_statistics_of_each_step(model):
+    ids, buffer, masses = tokens(1, 10), torch.ones(1, 10, dtype=torch.bool), []
+    with torch.no_grad(), sp.track(model) as tracker:
+        for pad in (0, 3, 6):
+            buffer.copy_(torch.arange(10) >= pad)
+            model(ids, buffer)
+            attention = []
+            forward_of(model, ids, buffer.long(), attention)
+            masses.append(attention[0][:, :, pad:].mean(2).max(-1).values)  # [layers, heads]
+    expected = torch.stack(masses).mean(0)
+    torch.testing.assert_close(tracker.result().mass[:, 0].double(), expected.double(), atol=1e-5, rtol=1e-4)

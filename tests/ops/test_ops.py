@@ -301,3 +301,18 @@ def test_any_shape_any_choice_matches_the_specification(data):
         torch.testing.assert_close(mass, exact, atol=2e-6, rtol=1e-5)
         total = mass.sum(-1)
         assert torch.all((total - 1).abs().minimum(total.abs()) < 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_dtypes_are_those_of_pytorchs_attention(dtype):
+    q, k = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
+    v = torch.randn(2, 4, 7, 8, dtype=dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        expected = F.scaled_dot_product_attention(q, k, v)
+        got, lse = ops.attention(q, k, v)
+        mass = ops.column_mass(q, k, lse)
+        assert ops.attention(q.double(), k.double(), v.double())[0].dtype == torch.float64
+    assert got.dtype == expected.dtype == dtype and lse.dtype == mass.dtype == torch.float32
+    torch.testing.assert_close(got, expected)
+    plain = (q.to(dtype).float() @ k.to(dtype).float().mT * 8**-0.5).softmax(-1).mean(2)
+    torch.testing.assert_close(mass, plain, atol=2e-3, rtol=2e-2)
