@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import sinkprune as sp
-from sinkprune.checkpoints.checkpoint import asset
+from sinkprune.checkpoints.checkpoint import texts
 from sinkprune.evaluation.footprint import cache_size
 from sinkprune.files import write_whole
 from sinkprune.models.marks import plan_of
@@ -64,7 +64,7 @@ class CheckFailed(RuntimeError):
 
 def held_out_prompts(tokenizer: Any, batch: int, length: int) -> Tensor:
     """``[batch, length]`` ids, windows evenly spread over the held-out text."""
-    ids = tokenizer.encode(asset("text/held_out.txt").read_text("utf-8"), add_special_tokens=False)
+    ids = tokenizer.encode(texts("held_out"), add_special_tokens=False)
     starts = [round(i * (len(ids) - length) / max(1, batch - 1)) for i in range(batch)]
     return torch.tensor([ids[start : start + length] for start in starts])
 

@@ -26,7 +26,6 @@ from train_tiny import speeches
 
 import sinkprune as sp
 from sinkprune.adapters import Adapter
-from sinkprune.checkpoints.checkpoint import asset
 
 LENGTH = 128
 
@@ -36,10 +35,6 @@ def stream(tokenizer: Any) -> Tensor:
     return torch.tensor(
         [id for text in speeches()[0] for id in tokenizer.encode(text, add_special_tokens=False)]
     )
-
-
-def text_of(name: str) -> str:
-    return asset(f"text/{name}.txt").read_text(encoding="utf-8")
 
 
 def masked_rows(ids: Tensor, size: int, mask_id: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -103,8 +98,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Loss above dense of the pruned model, as it is and repaired, before and after training: JSON-ready."""
     dense, tokenizer = sp.load(options.model)
     ids = stream(tokenizer)
-    texts = text_of("held_out")
-    rows = sp.calibrate(dense, text_of("calibration"), tokenizer=tokenizer, length=LENGTH)
+    texts = sp.texts("held_out")
+    rows = sp.calibrate(dense, sp.texts("calibration"), tokenizer=tokenizer, length=LENGTH)
     targets = tuple(options.targets.split(","))
     unit = "heads" if targets == ("heads",) else "parameters"
     plan = sp.plan(dense, None, "reconstruction", options.ratio, unit, targets=targets, calibration=rows)

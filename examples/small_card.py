@@ -26,8 +26,8 @@ from torch import Tensor
 from train_small import LENGTH, LEVELS, MASK, streams
 
 import sinkprune as sp
+from sinkprune.checkpoints import small
 from sinkprune.evaluation.intervals import Interval, bootstrap_interval
-from sinkprune.models import small
 
 ASSETS = Path(__file__).parent.parent / "sinkprune" / "assets" / "small"
 PAGES = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"

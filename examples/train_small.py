@@ -28,10 +28,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sinkprune.checkpoints.small import DELTA, END, MASK, TABLE, find_base, read_base, read_tokenizer
 from sinkprune.files import whole_file
 from sinkprune.models.dream import DreamConfig
 from sinkprune.models.rotary import apply_rotary, rotary_table
-from sinkprune.models.small import DELTA, END, MASK, TABLE, find_base, read_base, read_tokenizer
 
 LENGTH = 256
 RANK = 32

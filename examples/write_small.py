@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from train_small import LENGTH, Student, write
 
+from sinkprune.checkpoints.small import END, MASK, find_base, read_base, read_tokenizer
 from sinkprune.models.rotary import apply_rotary, rotary_table
-from sinkprune.models.small import END, MASK, find_base, read_base, read_tokenizer
 
 TOP_P = 0.92
 BATCH = 64

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dreams import published_config, published_tensors
 from toys import one_thread  # noqa: F401
 
-from sinkprune.models import small
+from sinkprune.checkpoints import small
 from sinkprune.models.dream import Dream, DreamConfig
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -24,8 +24,8 @@ CRITERIA = ("sink_variance", "magnitude")
 
 def measure(rows: Rows, windows: int) -> None:
     model, tokenizer = sp.load("tiny")
-    text = checkpoint.asset("text/held_out.txt").read_text("utf-8")
-    calibration = checkpoint.asset("text/calibration.txt").read_text("utf-8")
+    text = checkpoint.texts("held_out")
+    calibration = checkpoint.texts("calibration")
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
     starts = torch.linspace(0, len(ids) - LENGTH, windows).long()
     texts = ids[starts[:, None] + torch.arange(LENGTH)]

@@ -25,7 +25,7 @@ def measure(rows: Rows, windows: int) -> None:
 
 
 def _measure(windows: int) -> Row:
-    text = checkpoint.asset("text/held_out.txt").read_text("utf-8")
+    text = checkpoint.texts("held_out")
     dense, tokenizer = sp.load("tiny")
     compact, _ = sp.load("tiny")
     plan = sp.plan(compact, None, "magnitude", 0.38, "parameters", targets=("heads", "mlp"))

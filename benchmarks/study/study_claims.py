@@ -50,7 +50,7 @@ def _halves(model: Any, prompts: Tensor, steps: int) -> Row:
 
 
 def _hiding(model: Any, tokenizer: Any, windows: int) -> Row:
-    text = checkpoint.asset("text/held_out.txt").read_text("utf-8")
+    text = checkpoint.texts("held_out")
     return study_sinks.masked_model(
         model, text, tokenizer=tokenizer, windows=windows, draws=2, levels=(), length=128
     )
@@ -58,15 +58,15 @@ def _hiding(model: Any, tokenizer: Any, windows: int) -> Row:
 
 def _hiding_causal() -> Row:
     model, tokenizer = study_autoregressive.load()
-    text = checkpoint.asset("text/held_out.txt").read_text("utf-8")
+    text = checkpoint.texts("held_out")
     ids = torch.tensor(tokenizer(text[:8000], add_special_tokens=False).input_ids[: 8 * 128])
     return study_sinks.causal_model(model, ids.view(8, 128), draws=1)
 
 
 def _generation(model: Any, tokenizer: Any, windows: int) -> Row:
     """Text of the dense model, of the default plan and of the paper's rule, all at 38 % of heads."""
-    text = checkpoint.asset("text/held_out.txt").read_text("utf-8")
-    calibration = checkpoint.asset("text/calibration.txt").read_text("utf-8")
+    text = checkpoint.texts("held_out")
+    calibration = checkpoint.texts("calibration")
     calibrated = sp.calibrate(model, calibration, tokenizer=tokenizer, sequences=24)
     prompts = _windows(tokenizer, "calibration", 8, 16)
     profile = sp.profile(model, prompts, steps=32, gen_length=64)

@@ -72,7 +72,7 @@ class HeadSubject(Subject):
     def rows(self, draw: int, sequences: int) -> Calibration:
         options: dict[str, Any] = {"levels": LEVELS[self.name], "sequences": sequences, "seed": draw}
         if self.name == "tiny":
-            text = checkpoint.asset("text/calibration.txt").read_text("utf-8")
+            text = checkpoint.texts("calibration")
             return calibrate(self.model, text, tokenizer=self.tokenizer, **options)
         options |= {"attention_mask": self.rest_valid, "never_mask": self.tokenizer.special}
         return calibrate(self.model, self.rest, **options)

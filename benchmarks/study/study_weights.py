@@ -81,14 +81,14 @@ class Subject:
             "seed": draw,
         }
         if self.name == "tiny":
-            text = checkpoint.asset("text/calibration.txt").read_text("utf-8")
+            text = checkpoint.texts("calibration")
             return calibrate(self.model, text, tokenizer=self.tokenizer, **options)
         options |= {"attention_mask": self.rest_valid, "never_mask": self.tokenizer.special}
         return calibrate(self.model, self.rest, **options)
 
     def trajectories(self, draw: int) -> Calibration:
         """The same number of rows, as real denoising meets them ("tiny" only)."""
-        text = checkpoint.asset("text/calibration.txt").read_text("utf-8")
+        text = checkpoint.texts("calibration")
         ids = torch.tensor(self.tokenizer.encode(text, add_special_tokens=False))
         generator = torch.Generator().manual_seed(draw)
         starts = torch.randint(0, len(ids) - 32, (self.sizes.sequences,), generator=generator)

@@ -66,12 +66,12 @@ def read_gguf(
         if "_exps." in key:
             experts[key] = found
         else:
-            tensors[_published(path, key, tree)] = found
+            tensors[published_name(path, key, tree)] = found
     tensors |= _experts(experts, tree)
     return rebuilt(config, plan, tensors, device=device, dtype=dtype), read_tokenizer(keys)
 
 
-def _published(path: Path, name: str, tree: Tree) -> str:
+def published_name(path: Path, name: str, tree: Tree) -> str:
     """The published name of GGUF's ``blk.3.attn_q.weight`` and the like."""
     start = {"token_embd": tree.embedding, "output_norm": tree.norm, "output": tree.head}
     if not name.startswith("blk."):
@@ -110,8 +110,7 @@ def _config_of(path: Path, name: str, keys: dict[str, Any], *, tied: bool) -> di
     if name not in ("llada", "dream"):
         raise ValueError(
             f"{path}: architecture {name!r} does not say which diffusion model it is: only files that "
-            f"sinkprune wrote "
-            "(sinkprune.config) are read"
+            "sinkprune wrote (sinkprune.config) are read"
         )
     given = {key.removeprefix(f"{name}."): value for key, value in keys.items() if key.startswith(f"{name}.")}
     heads = given["attention.head_count"]
@@ -119,8 +118,7 @@ def _config_of(path: Path, name: str, keys: dict[str, Any], *, tied: bool) -> di
     if width * heads != given["embedding_length"]:
         raise ValueError(
             f"{path}: {heads} heads of {width} features for hidden states of {given['embedding_length']}, "
-            f"and no plan "
-            "that says what was removed"
+            "and no plan that says what was removed"
         )
     vocabulary = given.get("vocab_size") or len(keys["tokenizer.ggml.tokens"])
     config = {

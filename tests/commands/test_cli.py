@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import sinkprune as sp
-from sinkprune.checkpoints.checkpoint import asset
+from sinkprune.checkpoints.checkpoint import asset, texts
 from sinkprune.commands import arguments as shared
 from sinkprune.commands.arguments import prompts_from
 from sinkprune.commands.main import main
@@ -65,7 +65,7 @@ def test_profile_plan_apply_generate_eval(made, capsys):
     assert result["text"] == sp.generate(model, tokenizer, "The Congress", steps=4, gen_length=8)
     run("eval", made / "pruned", "--windows", "2", "--length", "32", "--json")
     result = json.loads(capsys.readouterr().out)
-    text = asset("text/held_out.txt").read_text("utf-8")
+    text = texts("held_out")
     assert result["nll"] == sp.evaluate(model, text, tokenizer=tokenizer, windows=2, length=32).nll
 
 
@@ -74,7 +74,7 @@ def test_eval_against_another_model_pairs_text_and_what_is_written(made, capsys)
     short = ["--windows", "3", "--length", "16", "--levels", "0.3,0.5", "--highest-noise", "0.5"]
     run("eval", made / "pruned", "--against", "tiny", *short, "--generation", "--json")
     result = json.loads(capsys.readouterr().out)
-    text = asset("text/held_out.txt").read_text("utf-8")
+    text = texts("held_out")
     options = {"windows": 3, "length": 16, "levels": (0.3, 0.5), "highest_noise": 0.5}
     pruned, dense = (sp.load(name) for name in (made / "pruned", "tiny"))
     qualities = [sp.evaluate(m, text, tokenizer=t, **options) for m, t in (pruned, dense)]

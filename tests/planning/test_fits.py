@@ -10,7 +10,7 @@ from llama_cpp import opened
 from toys import one_thread, tokens, toy  # noqa: F401
 
 import sinkprune as sp
-from sinkprune.checkpoints.checkpoint import asset
+from sinkprune.checkpoints.checkpoint import texts
 from sinkprune.commands.main import main
 from sinkprune.evidence.evidence import Evidence
 from sinkprune.planning.criteria import criterion_for
@@ -162,7 +162,7 @@ def test_tiny_goes_from_plan_to_llama_cpp_with_its_loss(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "to fit llama.cpp (llada): 5 query heads a layer" in told and f"wrote {file}" in told
     model, tokenizer = sp.load(pruned)
-    text = asset("text/held_out.txt").read_text("utf-8")
+    text = texts("held_out")
     test = sp.calibrate(model, text, tokenizer=tokenizer, sequences=4, length=64, seed=5)
     with opened(file, 64) as peer, torch.no_grad():
         assert peer.is_diffusion and peer.metadata("llada.attention.head_count") == "5"

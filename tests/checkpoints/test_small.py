@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from toys import one_thread, tokens  # noqa: F401
 
 import sinkprune as sp
-from sinkprune.models import small
+from sinkprune.checkpoints import small
+from sinkprune.checkpoints.trees import LLAMA
 
 
 def toy_llama():
@@ -64,7 +65,7 @@ def write_gguf(path, tensors):
     writer.add_token_types([3] * 17 + [1] * 47)
     writer.add_token_merges(["a b"])
     kind = gguf.GGMLQuantizationType
-    back = {ours: theirs for theirs, ours in small.NAMES.items()}
+    back = {ours: theirs for theirs, ours in LLAMA.parts.items()}
     for name, tensor in tensors.items():
         parts = name.split(".")
         if parts[1] == "layers":

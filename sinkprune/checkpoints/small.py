@@ -8,7 +8,6 @@ lies in the user's cache folder.
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
 import os
 import shutil
@@ -21,6 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sinkprune.checkpoints.gguf_reading import published_name
+from sinkprune.checkpoints.gguf_writing import halves
+from sinkprune.checkpoints.trees import LLAMA
 from sinkprune.files import whole_folder
 from sinkprune.models.dream import DreamConfig
 
@@ -30,31 +32,19 @@ DELTA = "delta.safetensors"
 # <|endoftext|>, and <empty_output>: a token of code notebooks, which prose does not hold. An id of the
 # vocabulary keeps the tied table as it is, where a new row would change its shape.
 END, MASK = 0, 16
-NAMES = {  # GGUF's of a block's tensors -> native Dream's
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TABLE = "model.embed_tokens.weight"
+TABLE = f"{LLAMA.embedding}.weight"
 
 
-def folder(delta: Path | None = None) -> Path:
+def folder(delta: Path) -> Path:
     """The merged model's folder in the user's cache, a published layout in float32; made where it is missing.
 
     Args:
-        delta: folder with ``config.json`` and ``delta.safetensors``; None: the one that the package ships.
+        delta: folder with ``config.json`` and ``delta.safetensors``, like ``assets/small`` of the package.
 
     Raises:
         FileNotFoundError: no base and no merged model; the message has the command that gets the base.
         ValueError: a base that is not the one the deltas were trained on.
     """
-    delta = delta or Path(str(importlib.resources.files("sinkprune"))) / "assets" / "small"
     mark = hashlib.sha256((delta / DELTA).read_bytes() + (delta / "config.json").read_bytes())
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sinkprune"
     merged = caches / f"small-{mark.hexdigest()[:12]}"
@@ -153,15 +143,9 @@ def read_base(path: Path) -> tuple[DreamConfig, dict[str, Tensor]]:
     tensors = {}
     for entry in reader.tensors:
         values = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy()).float()
-        parts = entry.name.split(".")
-        if parts[0] == "blk":
-            name = f"model.layers.{parts[1]}.{NAMES[parts[2]]}.weight"
-            if parts[2] in ("attn_q", "attn_k"):  # GGUF keeps the two features that RoPE turns side by side
-                pairs = values.view(-1, config.head_dim // 2, 2, values.shape[1])
-                values = pairs.transpose(1, 2).reshape(values.shape)
-        else:
-            name = {"token_embd": TABLE, "output_norm": "model.norm.weight"}[parts[0]]
-        tensors[name] = values
+        if ".attn_q." in entry.name or ".attn_k." in entry.name:
+            values = halves(values, values.shape[0] // config.head_dim)
+        tensors[published_name(path, entry.name, LLAMA)] = values
     return config, tensors
 
 
