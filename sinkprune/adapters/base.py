@@ -351,12 +351,7 @@ def require_repackable(layer: int, kept_heads: list[int], linears: dict[str, nn.
             f"layer {layer} keeps no heads, and {owner} needs one: plan with min_heads=1, or use mode='mask'"
         )
     for role, linear in linears.items():
-        if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
-            raise ValueError(
-                f"the {role} projection of layer {layer} is a {type(linear).__name__} (quantised, sharded or "
-                f"wrapped) of {getattr(linear.weight, 'dtype', None)}, which can't be repacked; use "
-                "mode='mask'"
-            )
+        require_plain(layer, role, linear, hooks=False)
 
 
 def modules_of(block: nn.Module, names: dict[str, str]) -> dict[str, nn.Module]:

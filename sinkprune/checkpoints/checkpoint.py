@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
 from sinkprune.adapters.live import LiveAdapter
-from sinkprune.checkpoints import hub, side_files
+from sinkprune.checkpoints import hub, side_files, small
 from sinkprune.checkpoints.layout import (
     INDEX,
     TRIMMED,
     check_known,
+    install_tensors,
     lay_out_folder,
     read_json,
     weight_files,
 )
 from sinkprune.checkpoints.model_card import CARD, model_card
 from sinkprune.files import check_folder, whole_folder
-from sinkprune.models import small
 from sinkprune.models.marks import mark, mark_source, mark_sparsity, noted_sparsity, plan_of
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE, native_kind, native_of
@@ -245,7 +245,7 @@ def folder_of(source: str | Path, revision: str | None = None) -> Path:
     if source == "tiny":
         return asset("tiny")
     if source == "small":
-        return small.folder()
+        return small.folder(asset("small"))
     folder = Path(source)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -378,13 +378,7 @@ def _fill(
     missing = sorted(set(wanted) - set(found))
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]!r}")
-    model.load_state_dict(found, assign=True)
-    if is_transformers_native(model):
-        cast(Any, model).tie_weights()
-    for module in model.modules():  # indices were laid out on the CPU
-        for name, buffer in module.named_buffers(recurse=False):
-            if not buffer.is_meta:
-                setattr(module, name, buffer.to(device))
+    install_tensors(model, found, device)
 
 
 def _tied(model: nn.Module) -> list[list[str]]:

@@ -52,8 +52,7 @@ def _uneven(trimmed: Trimmed, layer: int) -> str | None:
         return None
     return (
         f"has {sizes[0]} query heads, {sizes[1]} key/value heads and {sizes[2]} channels, and layer 0 "
-        f"{first[0]}, "
-        f"{first[1]} and {first[2]}: plan with fit=…"
+        f"{first[0]}, {first[1]} and {first[2]}: plan with fit=…"
     )
 
 
@@ -71,8 +70,7 @@ def _sizes(architecture: Architecture, trimmed: Trimmed, layer: int) -> str | No
     if not architecture.free_width and heads * geometry.head_dim != geometry.hidden:
         return (
             f"has {heads} heads of {geometry.head_dim} features, and side by side they must be as wide as "
-            f"the hidden "
-            f"states, {geometry.hidden}"
+            f"the hidden states, {geometry.hidden}"
         )
     return None
 

@@ -43,8 +43,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, trimmed: Trimmed) -> 
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise ValueError(
             f"only byte-level BPE tokenizers can be written to GGUF, got {model.get('type')}: export "
-            f"without one "
-            "(tokenizer=None) and tokenise outside llama.cpp"
+            "without one (tokenizer=None) and tokenise outside llama.cpp"
         )
     pre = _pre_tokenizer(described)
     rows = trimmed.geometry.vocabulary

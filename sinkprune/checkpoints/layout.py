@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sinkprune.models import transformers_native
 from sinkprune.models.common import PACKED
@@ -19,13 +19,31 @@ TRIMMED = "sinkprune_trimmed"  # the model_type of exports whose layers differ
 
 
 def lay_out_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """The dense model of a parsed ``config.json``, with its parameters on ``meta``."""
+    """``lay_out_config``, where the folder of the config is known. Raises as ``check_known`` does."""
+    if native_kind(config) is None:
+        check_known(folder, config)
+    return lay_out_config(config)
+
+
+def lay_out_config(config: dict[str, Any]) -> nn.Module:
+    """The dense model of a parsed ``config.json``, native or of transformers, with its parameters on
+    ``meta``."""
     native = NATIVE.get(native_kind(config) or "")
     if native is None:
-        check_known(folder, config)
         return transformers_native.lay_out(config)
     with torch.device("meta"):
         return native(config)
+
+
+def install_tensors(model: nn.Module, tensors: dict[str, Tensor], device: str | torch.device) -> None:
+    """Give a model laid out on ``meta`` all its ``tensors``, which lie on ``device``; not copied."""
+    model.load_state_dict(tensors, assign=True)
+    if transformers_native.is_transformers_native(model):
+        cast(Any, model).tie_weights()
+    for module in model.modules():  # indices were laid out on the CPU
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                setattr(module, name, buffer.to(device))
 
 
 def check_known(folder: Path, config: dict[str, Any]) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.checkpoints.checkpoint import describe_model
+from sinkprune.checkpoints.layout import lay_out_config
 from sinkprune.models.marks import plan_of
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
-from sinkprune.models.published import NATIVE, native_kind
-from sinkprune.models.transformers_native import is_transformers_native, lay_out
+from sinkprune.models.transformers_native import is_transformers_native
 from sinkprune.plans import Geometry, PrunePlan
 
 # Keys of a config.json: query heads, key/value heads, features of a head, channels
@@ -89,13 +88,8 @@ def _lay_out(config: dict[str, Any], plan: PrunePlan, kept: Geometry) -> tuple[n
         config |= {head_dim: kept.head_dim} if head_dim else {}
     if pruned:
         config[channels] = kept.channels[pruned[0]]
-    native = NATIVE.get(native_kind(config) or "")
     try:
-        if native is None:
-            small = lay_out(config)
-        else:
-            with torch.device("meta"):
-                small = native(config)
+        small = lay_out_config(config)
         got = adapter_for(small).geometry()
     except (TypeError, ValueError) as error:
         raise ValueError(_inexpressible(kept, str(error))) from error
@@ -143,31 +137,14 @@ def _unpacked(small: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for layer, block in enumerate(adapter.blocks()):
         linears, weights = target.linears(layer), target.attention_weights(layer)
+        roles: dict[str, Any] = {**linears, "q_norm": weights.q_norm, "k_norm": weights.k_norm}
         for packed in block.modules():
-            parts: dict[nn.Module, dict[str, Tensor]] = {}
+            if not isinstance(packed, (SinkPrunedAttention, CompactMLP)):
+                continue
+            parts = packed.unpacked()
             if isinstance(packed, SinkPrunedAttention):
-                counts = (packed.num_heads, packed.num_kv_heads, packed.num_kv_heads)
-                fused = packed.qkv_proj.state_dict()
-                if "qkv" in linears:
-                    parts[linears["qkv"]] = fused
-                else:
-                    parts |= _split(fused, [n * packed.head_dim for n in counts], [linears[r] for r in "qkv"])
-                parts[linears["o"]] = packed.o_proj.state_dict()
-                for norm, own in ((weights.q_norm, packed.q_norm), (weights.k_norm, packed.k_norm)):
-                    if norm is not None and own is not None:
-                        parts[norm] = own.state_dict()
-            elif isinstance(packed, CompactMLP):
-                half = [packed.down_proj.in_features] * 2
-                parts |= _split(packed.gate_up_proj.state_dict(), half, [linears["gate"], linears["up"]])
-                parts[linears["down"]] = packed.down_proj.state_dict()
-            for module, found in parts.items():
-                tensors |= {f"{names[module]}.{part}": tensor for part, tensor in found.items()}
+                parts["qkv"] = packed.qkv_proj.state_dict()
+            for role, module in roles.items():
+                if module is not None and role in parts:
+                    tensors |= {f"{names[module]}.{kind}": tensor for kind, tensor in parts[role].items()}
     return tensors
-
-
-def _split(
-    fused: dict[str, Tensor], rows: list[int], modules: list[nn.Module]
-) -> dict[nn.Module, dict[str, Tensor]]:
-    """Weight and bias of each module that a fused matrix was packed from."""
-    pieces = {part: tensor.split(rows) for part, tensor in fused.items()}
-    return {module: {part: p[i] for part, p in pieces.items()} for i, module in enumerate(modules)}

@@ -37,8 +37,7 @@ def ragged_config(trimmed: Trimmed) -> dict[str, Any]:
         if geometry.heads[i] and geometry.heads[i] % geometry.kv_heads[i]:
             raise ValueError(
                 f"layer {i} has {geometry.heads[i]} query heads on {geometry.kv_heads[i]} key/value heads: "
-                f"plan with "
-                "whole_groups=True"
+                "plan with whole_groups=True"
             )
     sizes = {str(i): _layer(trimmed, i) for i in layers}
     tokens = {f"{role}_token_id": token for role, token in trimmed.tokens.items()}

@@ -4,21 +4,18 @@ one."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.checkpoints.layout import read_json, weight_files
+from sinkprune.checkpoints.layout import install_tensors, lay_out_config, read_json, weight_files
 from sinkprune.checkpoints.ragged import published_tensors
 from sinkprune.checkpoints.trees import LLADA, LLAMA, Tree
-from sinkprune.models import transformers_native
 from sinkprune.models.marks import mark
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
-from sinkprune.models.published import NATIVE, native_kind
-from sinkprune.models.transformers_native import is_transformers_native
 from sinkprune.plans import PrunePlan
 from sinkprune.pruning.repacking import lay_out
 
@@ -44,12 +41,7 @@ def rebuilt(
     Raises:
         ValueError: a plan for another geometry, or tensors that are missing, unexpected or misshapen.
     """
-    native = NATIVE.get(native_kind(config) or "")
-    if native is None:
-        model = transformers_native.lay_out(config)
-    else:
-        with torch.device("meta"):
-            model = native(config)
+    model = lay_out_config(config)
     if plan is not None:
         if plan.geometry != adapter_for(model).geometry():
             raise ValueError("the plan does not fit the config that comes with it")
@@ -68,13 +60,7 @@ def rebuilt(
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{name} must have shape {tuple(wanted[name].shape)}, got {tuple(tensor.shape)}")
-    model.load_state_dict({k: t.to(device, dtype) for k, t in found.items()}, assign=True)
-    if is_transformers_native(model):
-        cast(Any, model).tie_weights()
-    for module in model.modules():  # indices were laid out on the CPU
-        for name, buffer in module.named_buffers(recurse=False):
-            if not buffer.is_meta:
-                setattr(module, name, buffer.to(device))
+    install_tensors(model, {k: t.to(device, dtype) for k, t in found.items()}, device)
     if plan is not None:
         mark(model, plan, "compact")
     return model.eval()

@@ -57,7 +57,10 @@ LLAMA = Tree(
         "ffn_gate_inp": "mlp.gate",
     },
 )  # fmt: skip
-_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+_PARTS = {  # of packed modules -> GGUF's names
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -204,39 +207,22 @@ def _unpacked(model: nn.Module) -> dict[str, Tensor]:
             tree = LLADA if LLADA.layer.format("") in block + "." else LLAMA
             for name in [name for name in tensors if name.startswith(path + ".")]:
                 del tensors[name]
-            pieces = _attention(path, module) if isinstance(module, SinkPrunedAttention) else _mlp(module)
+            if isinstance(module, SinkPrunedAttention):
+                _check_shared(path, module)
             tensors |= {
-                f"{block}.{tree.parts[part]}.{kind}": tensor.detach()
-                for (part, kind), tensor in pieces.items()
+                f"{block}.{tree.parts[_PARTS[role]]}.{kind}": tensor.detach()
+                for role, found in module.unpacked().items()
+                for kind, tensor in found.items()
             }
     return tensors
 
 
-def _attention(path: str, packed: SinkPrunedAttention) -> dict[tuple[str, str], Tensor]:
+def _check_shared(path: str, packed: SinkPrunedAttention) -> None:
     if packed.kv_head_of is not None:
         raise ValueError(
             f"{path}: its query heads share key/value heads unevenly ({packed.kv_head_of.tolist()}), which "
-            f"no "
-            "target computes: plan with fit=…, or whole_groups=True"
+            "no target computes: plan with fit=…, or whole_groups=True"
         )
-    counts = [n * packed.head_dim for n in (packed.num_heads, packed.num_kv_heads, packed.num_kv_heads)]
-    pieces: dict[tuple[str, str], Tensor] = {}
-    for kind, fused in packed.qkv_proj.state_dict().items():
-        pieces |= {(part, kind): piece for part, piece in zip(_ATTENTION, fused.split(counts), strict=False)}
-    pieces |= {("attn_output", kind): tensor for kind, tensor in packed.o_proj.state_dict().items()}
-    for part, norm in (("attn_q_norm", packed.q_norm), ("attn_k_norm", packed.k_norm)):
-        if norm is not None:
-            pieces[part, "weight"] = norm.state_dict()["weight"]
-    return pieces
-
-
-def _mlp(packed: CompactMLP) -> dict[tuple[str, str], Tensor]:
-    half = packed.down_proj.in_features
-    pieces: dict[tuple[str, str], Tensor] = {}
-    for kind, fused in packed.gate_up_proj.state_dict().items():
-        gate, up = fused.split((half, half))
-        pieces |= {("ffn_gate", kind): gate, ("ffn_up", kind): up}
-    return pieces | {("ffn_down", kind): t for kind, t in packed.down_proj.state_dict().items()}
 
 
 def experts_of(trimmed: Trimmed, layer: int, part: str) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -241,6 +241,17 @@ class SinkPrunedAttention(nn.Module):
         bias = self.qkv_proj.bias
         return F.linear(x, self.qkv_proj.weight[first:], None if bias is None else bias[first:])
 
+    def unpacked(self) -> dict[str, dict[str, Tensor]]:
+        """``{"weight": …, "bias": …}``, those that are there, by role: q, k, v, o, q_norm, k_norm; views of
+        the packed tensors."""
+        rows = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        norms = {"q_norm": self.q_norm, "k_norm": self.k_norm}
+        return {
+            **_split(self.qkv_proj, rows, "qkv"),
+            "o": self.o_proj.state_dict(),
+            **{role: norm.state_dict() for role, norm in norms.items() if norm is not None},
+        }
+
 
 class CompactMLP(nn.Module):
     """SwiGLU over the kept channels: gate and up fused ``[2 c, hidden]``, down ``[hidden, c]``."""
@@ -261,6 +272,17 @@ class CompactMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
+
+    def unpacked(self) -> dict[str, dict[str, Tensor]]:
+        """As ``SinkPrunedAttention.unpacked``: gate, up, down."""
+        rows = [self.down_proj.in_features] * 2
+        return {**_split(self.gate_up_proj, rows, ("gate", "up")), "down": self.down_proj.state_dict()}
+
+
+def _split(fused: nn.Linear, rows: list[int], roles: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Weight and bias of each projection that ``fused`` was packed from."""
+    pieces = {kind: tensor.split(rows) for kind, tensor in fused.state_dict().items()}
+    return {role: {kind: parts[i] for kind, parts in pieces.items()} for i, role in enumerate(roles)}
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
