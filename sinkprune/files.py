@@ -43,17 +43,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """``write_whole`` for writers that want a path: what they write to the yielded one becomes ``path``."""
     path = Path(path)
     check_file(path)
-    _remove_leftovers(path)
-    part, handle = _claimed(path, folder=False)
-    try:
-        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+    with _part_of(path, folder=False) as (part, mode):
         yield part
         _settle(part, mode)
         check_file(path)
         os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-        os.close(handle)
     _sync(path.parent)
 
 
@@ -74,18 +68,12 @@ def whole_folder(folder: str | Path, replaceable: Callable[[Path], None] | None 
     folder = Path(folder)
     check_folder(folder, replaceable)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    part, handle = _claimed(folder, folder=True)
-    try:
-        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+    with _part_of(folder, folder=True) as (part, mode):
         yield part
         _settle(part, mode)
         check_folder(folder, replaceable)
         _publish(part, folder, replaceable is not None)
         _sync(folder.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        os.close(handle)
 
 
 def check_file(path: Path) -> None:
@@ -126,6 +114,22 @@ def _kind(mode: int) -> str:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+@contextmanager
+def _part_of(path: Path, *, folder: bool) -> Iterator[tuple[Path, int]]:
+    """A new part of ``path`` under this process's lock, and the mode that the umask gave it; what is left
+    there at the end is removed, and first what killed writers left."""
+    _remove_leftovers(path)
+    part, handle = _claimed(path, folder=folder)
+    try:
+        yield part, stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        if folder:
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def _claimed(path: Path, *, folder: bool) -> tuple[Path, int]:

@@ -118,7 +118,7 @@ class Sampler(ABC):
         infinite.
         """
         flat = logits.reshape(-1, logits.shape[-1])
-        tokens, sureness = [], []
+        tokens, sureness, finite = [], [], []
         for part in flat.split(max(1, FLOAT64_ELEMENTS // flat.shape[-1])):
             wide = part.double()
             limited = self.limited(wide)
@@ -127,13 +127,14 @@ class Sampler(ABC):
                 token = (limited - noise.log_()).argmax(-1, keepdim=True)
             else:
                 token = part.argmax(-1, keepdim=True)
-            if not bool(wide.gather(-1, token).isfinite().all()):  # argmax points at a NaN where there is one
-                raise ValueError(
-                    "the model's logits are NaN or infinite: no token can be chosen (a dtype too narrow for "
-                    "the weights, or damaged weights?)"
-                )
             tokens.append(token)
+            finite.append(wide.gather(-1, token).isfinite())  # argmax points at a NaN where there is one
             sureness.append(self.confidence(wide, limited, token))
+        if not bool(torch.cat(finite).all()):  # the one look of the host at a step
+            raise ValueError(
+                "the model's logits are NaN or infinite: no token can be chosen (a dtype too narrow for "
+                "the weights, or damaged weights?)"
+            )
         shape = logits.shape[:-1]
         return torch.cat(tokens).view(shape), torch.cat(sureness).view(shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +31,8 @@ def fitted(rules: Rules, fit: Fit, geometry: Geometry, targets: tuple[str, ...])
         allocation="equal" if fit.equal else rules.allocation,
         whole_groups=True,
         min_heads=max(rules.min_heads, 1) if fit.equal else rules.min_heads,
-        round_heads=_multiple(rules.round_heads, fit.groups * group if fit.groups > 1 else 1),
-        round_channels=_multiple(rules.round_channels, fit.round_channels),
+        round_heads=math.lcm(rules.round_heads, fit.groups * group if fit.groups > 1 else 1),
+        round_channels=math.lcm(rules.round_channels, fit.round_channels),
     )
 
 
@@ -82,14 +83,6 @@ def cost_text(cost: dict[str, Any]) -> str:
     channels = "" if cost["channels"] is None else f", {', '.join(map(str, cost['channels']))} channels"
     return (
         f"to fit {cost['target']}: {sizes} query heads{channels} a layer; {100 * cost['ratio']:.1f} % goes "
-        f"where "
-        f"{100 * cost['ratio_asked']:.1f} % was asked; heads that go score {cost['score_removed']:.4g}, and "
-        f"{cost['score_removed_without']:.4g} without the fit"
+        f"where {100 * cost['ratio_asked']:.1f} % was asked; heads that go score "
+        f"{cost['score_removed']:.4g}, and {cost['score_removed_without']:.4g} without the fit"
     )
-
-
-def _multiple(a: int, b: int) -> int:
-    """The least common multiple."""
-    import math
-
-    return math.lcm(a, b)

@@ -52,10 +52,7 @@ def apply(
     if mode not in ("compact", "mask"):
         raise ValueError(f"mode must be 'compact' or 'mask', got {mode!r}")
     adapter.require_dense("apply the plan to")
-    if plan.geometry != adapter.geometry():
-        raise ValueError(
-            f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}"
-        )
+    _require_geometry(adapter, plan)
     if plan.fingerprint and plan.fingerprint != adapter.fingerprint():
         raise ValueError(
             "the plan was made for other weights (float16 copies count as such): its fingerprint differs"
@@ -97,10 +94,7 @@ def lay_out(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """
     adapter = adapter_for(model)
     adapter.require_dense("lay the plan out on")
-    if plan.geometry != adapter.geometry():
-        raise ValueError(
-            f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}"
-        )
+    _require_geometry(adapter, plan)
     if not any(parameter.is_meta for parameter in model.parameters()):
         adapter.check(*_kept(plan), "compact")
     added = add_biases(adapter, plan) if "repair" in plan.details else []
@@ -123,6 +117,13 @@ def restore(model: nn.Module) -> nn.Module:
         adapter.mask(layer, None, None)
     mark(model, None, "dense")
     return model
+
+
+def _require_geometry(adapter: Adapter, plan: PrunePlan) -> None:
+    if plan.geometry != adapter.geometry():
+        raise ValueError(
+            f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}"
+        )
 
 
 def _kept(plan: PrunePlan) -> tuple[list[list[int]], list[list[int] | None]]:

@@ -89,7 +89,7 @@ def repaired(
                         warnings.warn(
                             f"repair has {sums.count} calibration tokens for {len(columns)} columns of layer "
                             f"{layer}: calibrate on more rows",
-                            stacklevel=4,  # the call of apply
+                            stacklevel=5,  # the call of apply, which torch wraps
                         )
                     weight, bias = sums.solve(
                         module,
