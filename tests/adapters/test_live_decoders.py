@@ -85,7 +85,7 @@ def test_rnd1_under_another_attention_is_not_recognised():
         sp.adapter_for(rnd1_twin(_attn_implementation="eager"))
 
 
-@pytest.mark.parametrize("method", ["generate_block", "generate_wedlm"])
+@pytest.mark.parametrize("method", ["generate_block", "generate_wedlm", "linear_spec_generate"])
 def test_a_diffusion_model_on_transformers_classes_is_not_taken_for_what_it_is_built_on(method):
     from hf import build
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from block_causals import Drawn
 from decoders import FAMILIES, tree_tensors
-from layer_twins import LayersTwin, LayerTwin, MLPTwin, part_turned
+from layer_twins import LayersTwin, LayerTwin, MLPTwin, RoutedTwin, part_turned
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from upstream_twins import Gain
@@ -72,22 +72,6 @@ class RND1AttentionTwin(nn.Module):
         return self.o_proj(out), None
 
 
-class ExpertsTwin(nn.Module):
-    """Softmax scores of the best experts, made to sum to 1."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.top, width = config.num_experts_per_tok, config.moe_intermediate_size
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(MLPTwin(config.hidden_size, width) for _ in range(config.num_experts))
-
-    def forward(self, x):
-        weight, chosen = self.gate(x).softmax(-1).topk(self.top, -1)
-        every = torch.stack([expert(x) for expert in self.experts], -2)
-        part = every.gather(-2, chosen[..., None].expand(*chosen.shape, x.shape[-1]))
-        return (part * (weight / weight.sum(-1, keepdim=True))[..., None]).sum(-2)
-
-
 class FastDLLMAttentionTwin(nn.Module):
     """Asks transformers for PyTorch's attention, under the mask of blocks that the model makes."""
 
@@ -150,7 +134,12 @@ def rnd1_twin(seed=0, **changes):
     } | changes  # fmt: skip
     config = SimpleNamespace(**values)
     layers = [
-        LayerTwin(config, RND1AttentionTwin(config, i), ExpertsTwin(config), "self_attn")
+        LayerTwin(
+            config,
+            RND1AttentionTwin(config, i),
+            RoutedTwin(config, config.moe_intermediate_size, normed=True),
+            "self_attn",
+        )
         for i in range(config.num_hidden_layers)
     ]
     model, drawn = LayersTwin(config, layers, "embed_tokens"), Drawn(seed)

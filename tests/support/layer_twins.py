@@ -180,16 +180,17 @@ class LLaDAMoEAttentionTwin(nn.Module):
 
 
 class RoutedTwin(nn.Module):
-    """LLaDA-MoE's experts: softmax scores, not normed."""
+    """Experts of ``width``: softmax scores as they are (LLaDA-MoE), or made to sum to 1 (RND1)."""
 
-    def __init__(self, config):
+    def __init__(self, config, width, normed=False):
         super().__init__()
-        self.top, width = config.num_experts_per_tok, config.expert_intermediate_size
+        self.top, self.normed = config.num_experts_per_tok, normed
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = nn.ModuleList(MLPTwin(config.hidden_size, width) for _ in range(config.num_experts))
 
     def forward(self, x):
         weight, chosen = self.gate(x).softmax(-1).topk(self.top, -1)
+        weight = weight / weight.sum(-1, keepdim=True) if self.normed else weight
         every = torch.stack([expert(x) for expert in self.experts], -2)
         part = every.gather(-2, chosen[..., None].expand(*chosen.shape, x.shape[-1]))
         return (part * weight[..., None]).sum(-2)
@@ -283,7 +284,11 @@ def llada_moe_twin(seed=0, **changes):
     config = SimpleNamespace(**llada_moe_config(**changes))
     layers = []
     for i, routed in enumerate(config.moe_layer_freq):
-        mlp = RoutedTwin(config) if routed else MLPTwin(config.hidden_size, config.dense_intermediate_size)
+        mlp = (
+            RoutedTwin(config, config.expert_intermediate_size)
+            if routed
+            else MLPTwin(config.hidden_size, config.dense_intermediate_size)
+        )
         layers.append(LayerTwin(config, LLaDAMoEAttentionTwin(config, i), mlp, "self_attn"))
     model = LayersTwin(config, layers, "embed_tokens")
     drawn = Drawn(seed)
