@@ -24,6 +24,60 @@ from sinkprune.kernels.attention import attention, head_of, kv_of, load_tile, sp
 from sinkprune.kernels.launch import Tile
 
 LENGTHS = ["lq", "lk", "hq", "hkv", "n_shares", "block_size", "sample"]
+COUNTED_AT_ONCE = tl.constexpr(512)
+
+
+@triton.jit
+def _count_rows(
+    p_lse, p_positions, lo, hi, start, step, stride_ll, QUERY_POSITIONS: tl.constexpr, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """How many of the rows ``lo .. hi`` count, and whether any has a log-sum-exp of -inf, as
+    FlashAttention-3 writes for a row that sees nothing: looked at once, so that the loop need not."""
+    counted = tl.zeros([AT_ONCE], tl.float32)
+    minus = tl.zeros([AT_ONCE], tl.float32)
+    for i_t in tl.range(lo, hi, AT_ONCE):
+        o_t = i_t + tl.arange(0, AT_ONCE)
+        m_q = o_t < hi
+        o_q = start + o_t * step
+        if QUERY_POSITIONS:
+            m_q = m_q & (tl.load(p_positions + o_q, mask=m_q, other=-1) >= 0)
+        b_lse = tl.load(p_lse + o_q.to(tl.int64) * stride_ll, mask=m_q, other=float("inf"))
+        counted += tl.where(tl.abs(b_lse) == float("inf"), 0.0, 1.0)
+        minus += tl.where(b_lse == -float("inf"), 1.0, 0.0)
+    return tl.sum(counted, 0), tl.sum(minus, 0) > 0
+
+
+@triton.jit
+def _weights(
+    b_k1, b_k2, p_q, p_lse, p_positions, seen_from, i_t, hi, start, step, stride_ql, stride_ll, scale_log2,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BQ: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, QUERY_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention weights of the held keys under the query rows ``i_t .. i_t + BQ``: ``[BN, BQ]``."""
+    o_t = i_t + tl.arange(0, BQ)
+    m_q = o_t < hi
+    q_position = start + o_t * step
+    o_q = q_position.to(tl.int64)
+    if QUERY_POSITIONS:
+        q_position = tl.load(p_positions + o_q, mask=m_q, other=-1).to(tl.int32)
+        m_q = q_position >= 0
+    if MASKED:
+        b_lse = tl.load(p_lse + o_q * stride_ll, mask=m_q, other=float("inf"))
+        b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)
+    else:
+        b_lse = tl.load(p_lse + o_q * stride_ll)
+    o_d1 = tl.arange(0, D1)
+    p_rows = p_q + (o_q * stride_ql)[:, None]
+    b_q1 = load_tile(p_rows + o_d1[None, :], m_q, o_d1 < D, MASKED, D1 > D)  # [BQ, D1]
+    s = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)  # [BN, BQ]
+    if D2 > 0:
+        o_d2 = D1 + tl.arange(0, D2)
+        b_q2 = load_tile(p_rows + o_d2[None, :], m_q, o_d2 < D, MASKED, D1 + D2 > D)
+        s = tl.dot(b_k2, tl.trans(b_q2), s, input_precision=PRECISION)
+    p = tl.math.exp2(s * scale_log2 - b_lse[None, :])  # an empty row: 2^(s - inf) = 0
+    if CAUSAL:
+        p = tl.where(seen_from[:, None] <= q_position[None, :], p, 0.0)
+    return p
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -84,39 +138,31 @@ def column_mass_kernel(
         hi = tl.minimum(n_rows, lo + share)
     p_q = q + i_b * stride_qb + i_h * stride_qh
     p_lse = lse + i_b * stride_lb + i_h * stride_lh
-    acc = tl.zeros([BN, BQ], tl.float32)
-    counted = tl.zeros([BQ], tl.float32)
+    p_positions = query_positions + i_b * stride_qpb
+    counted_rows, dirty = _count_rows(
+        p_lse, p_positions, lo, hi, start, step, stride_ll, QUERY_POSITIONS, COUNTED_AT_ONCE
+    )
     if CAUSAL and not (QUERY_POSITIONS or KEY_POSITIONS or SAMPLED):
         # No query of an earlier block sees these keys: such rows are counted, not computed.
         skip = tl.minimum(i_n // block_size * block_size, hi)
-        skip = lo + tl.maximum(skip - lo, 0) // BQ * BQ
-        for i_t in tl.range(lo, skip, BQ):
-            b_lse = tl.load(p_lse + (i_t + tl.arange(0, BQ)).to(tl.int64) * stride_ll)
-            counted += tl.where(tl.abs(b_lse) == float("inf"), 0.0, 1.0)
-        lo = skip
-    for i_t in tl.range(lo, hi, BQ):
-        o_t = i_t + tl.arange(0, BQ)
-        m_q = o_t < hi
-        o_q = start + o_t * step
-        q_position = o_q
-        if QUERY_POSITIONS:
-            q_position = tl.load(query_positions + i_b * stride_qpb + o_q, mask=m_q, other=-1).to(tl.int32)
-            m_q = q_position >= 0  # a padded query may hold NaN: it is not loaded
-        o_q = o_q.to(tl.int64)
-        b_lse = tl.load(p_lse + o_q * stride_ll, mask=m_q, other=float("inf"))
-        b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse)  # FlashAttention-3's empty rows
-        p_rows = p_q + (o_q * stride_ql)[:, None]
-        b_q1 = load_tile(p_rows + o_d1[None, :], m_q, o_d1 < D, True, D1 > D)  # [BQ, D1]
-        s = tl.dot(b_k1, tl.trans(b_q1), input_precision=PRECISION)  # [BN, BQ]
-        if D2 > 0:
-            b_q2 = load_tile(p_rows + o_d2[None, :], m_q, o_d2 < D, True, D1 + D2 > D)
-            s = tl.dot(b_k2, tl.trans(b_q2), s, input_precision=PRECISION)
-        p = tl.math.exp2(s * scale_log2 - b_lse[None, :])  # an empty row: 2^(s - inf) = 0
-        if CAUSAL:
-            p = tl.where(seen_from[:, None] <= q_position[None, :], p, 0.0)
-        acc += p
-        counted += tl.where(b_lse == float("inf"), 0.0, 1.0)
-    counted_rows = tl.sum(counted, 0)
+        lo = lo + tl.maximum(skip - lo, 0) // BQ * BQ
+    # Whole tiles of rows whose log-sum-exp is clean need no mask. A padded query may hold NaN: each row's
+    # load is masked then.
+    full = lo
+    if not QUERY_POSITIONS:
+        full = tl.where(dirty, lo, lo + tl.maximum(hi - lo, 0) // BQ * BQ)
+    acc = tl.zeros([BN, BQ], tl.float32)
+    if not QUERY_POSITIONS:
+        for i_t in tl.range(lo, full, BQ):
+            acc += _weights(
+                b_k1, b_k2, p_q, p_lse, p_positions, seen_from, i_t, hi, start, step,
+                stride_ql, stride_ll, scale_log2, D, D1, D2, BQ, False, CAUSAL, False, PRECISION,
+            )  # fmt: skip
+    for i_t in tl.range(full, hi, BQ):
+        acc += _weights(
+            b_k1, b_k2, p_q, p_lse, p_positions, seen_from, i_t, hi, start, step,
+            stride_ql, stride_ll, scale_log2, D, D1, D2, BQ, True, CAUSAL, QUERY_POSITIONS, PRECISION,
+        )  # fmt: skip
     total = tl.sum(acc, 1)  # [BN]
     if PADDED:
         valid = tl.load(padding + i_b * stride_pb + o_n, mask=m_n, other=0) != 0

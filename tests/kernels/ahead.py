@@ -1,47 +1,35 @@
 """Compile the kernels for GPUs that are not there, and read what the compiler made of them.
 
-A process of its own: ``TRITON_INTERPRET`` is read when a kernel's module is imported, and here it must be
-    off.
-``python tests/kernels/ahead.py --quick`` prints one JSON line per compilation; ``--table docs/kernels.md``
-compiles every shipped tile and writes the table between the file's markers.
+What is compiled is what a call launches: the calls below run up to the launcher, on tensors of a model's
+shapes without memory. A process of its own: ``TRITON_INTERPRET`` is read when a kernel's module is imported,
+and here it must be off. ``python tests/kernels/ahead.py --quick`` prints one JSON line per compilation;
+``--table docs/kernels.md`` compiles every shipped tile and writes the tables between the file's markers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-import triton
-import triton.backends.nvidia as nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
+from machine_code import TENSOR_CORE, Code, compile_for, launches
 
-from sinkprune.kernels import launch, roofline
-from sinkprune.kernels.attention import attention_kernel, split_head_dim
-from sinkprune.kernels.column_mass import column_mass_kernel
+from sinkprune.kernels import launch, reference, roofline
+from sinkprune.kernels.attention import attention
+from sinkprune.kernels.column_mass import column_mass_
 from sinkprune.kernels.launch import Tile
-from sinkprune.kernels.sink_update import sink_update_kernel
+from sinkprune.kernels.sink_update import sink_update_
 
-BIN = Path(nvidia.__file__).parent / "bin"
-# Per multiprocessor: registers, threads, blocks, shared bytes (each block also takes 1 KiB of its own).
-LIMITS = {
-    80: (65536, 2048, 32, 167936),
-    86: (65536, 1536, 16, 102400),
-    90: (65536, 2048, 32, 233472),
-    100: (65536, 2048, 32, 233472),
-}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -58,121 +46,92 @@ class Compiled:
     stack: int
     spills: int
     shared_bytes: int
-    wgmma: int
-    mma: int
+    tensor_core: int
+    warpgroup: bool
     atomics: int
-    exp2: int
     instructions: int
+    # Instructions of the unmasked loop per 64 keys (attention) or 64 query rows (column mass).
+    loop_per_64: float
     blocks_per_sm: int
+    ones: tuple[str, ...]
 
 
-def occupancy(arch: int, registers: int, shared_bytes: int, warps: int) -> int:
-    """Blocks of a kernel that one multiprocessor holds at once."""
-    most_registers, most_threads, most_blocks, most_shared = LIMITS[arch]
-    per_warp = math.ceil(registers * 32 / 256) * 256
-    return min(
-        most_registers // (per_warp * warps),
-        most_threads // (32 * warps),
-        most_blocks,
-        most_shared // (shared_bytes + 1024),
-    )
-
-
-def compile_ahead(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int, warps: int, stages: int
-) -> dict[str, Any]:
-    """Machine code for ``arch``. Every pointer and stride is said to be a multiple of 16, the lengths are
-    not."""
-    names = kernel.arg_names
-    unknown = set(kernel.do_not_specialize)
-    signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(names)
-        if n not in constants and n not in unknown and signature[n][0] in "*i"
-    }
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(k),): v for k, v in constants.items()},
-        attrs=attributes,
-    )
-    options = {"num_warps": warps, "num_stages": stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _output(str(BIN / "cuobjdump"), "-res-usage", file.name)
-        sass = _output(str(BIN / "nvdisasm"), "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    ptx = compiled.asm["ptx"]
-    registers = int(found[1])
+def _figures(code: Code, tile: Tile, stride: int) -> dict[str, Any]:
+    loop = code.main_loop
     return {
-        "registers": registers,
-        "stack": int(found[2]),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "shared_bytes": compiled.metadata.shared,
-        "wgmma": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma", ptx)),
-        "mma": len(re.findall(r"\bmma\.sync", ptx)),
-        "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
-        "exp2": len(re.findall(r"\bMUFU\.EX2", sass)),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
-        "blocks_per_sm": occupancy(arch, registers, compiled.metadata.shared, warps),
+        "registers": code.registers,
+        "stack": code.stack,
+        "spills": code.spills,
+        "shared_bytes": code.shared_bytes,
+        "tensor_core": loop.count(*TENSOR_CORE) if loop else 0,
+        "warpgroup": bool(loop and loop.count("HGMMA", "UTCHMMA")),
+        "atomics": code.atomics,
+        "instructions": code.instructions,
+        "loop_per_64": len(loop) * 64 / stride if loop else 0.0,
+        "blocks_per_sm": code.blocks_per_sm,
+        "ones": code.ones,
     }
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-# What a variant switches on. "plain": every head, nothing masked; "pruned": a kept subset over ragged
-# groups with padding; "causal": block-causal with explicit positions on both sides; "split": key or query
-# shares.
-VARIANTS: dict[str, dict[str, bool]] = {
-    "plain": {},
-    "pruned": {"KEPT": True, "MAPPED": True, "PADDED": True},
-    "causal": {"CAUSAL": True, "QUERY_POSITIONS": True, "KEY_POSITIONS": True, "PADDED": True},
-    "split": {"SPLIT": True, "COMPACT": True},
-    "sampled": {"SAMPLED": True, "OFFSET": True},
-}
+# What a variant switches on, and its length: "plain": every head, nothing masked; "pruned": a kept subset
+# over ragged groups with padding; "causal": block-causal with explicit positions on both sides; "split": key
+# or query shares. Lengths that 16 does not divide leave fewer strides to specialise.
+LENGTHS = {"plain": 1024, "split": 1024, "sampled": 1024, "pruned": 1001, "causal": 1001}
+HEADS = 32
 
 
-def types_of(kernel: Any, dtype: str) -> dict[str, str]:
-    pointers = {
-        "q": dtype, "k": dtype, "v": dtype, "out": dtype, "lse": "fp32", "kept_heads": "i64", "kv_head_of":
-        "i64", "padding": "u8", "query_positions": "i64", "key_positions": "i64", "offset": "i64", "counts":
-        "fp32", "partial": "fp32", "partial_lse": "fp32", "mass": "fp32", "state": "fp32", "sample_of": "i32",
-        "steps": "i64", "trace_positions": "i32", "trace_mass": "fp32",
-    }  # fmt: skip
-    floats = ("scale_log2", "gate_share", "gate_sigma")
-    return {
-        n: f"*{pointers[n]}" if n in pointers else "fp32" if n in floats else "i32" for n in kernel.arg_names
-    }
+def call_of(kernel: str, dtype: str, head_dim: int, variant: str, tile: Tile) -> Callable[[], object]:
+    """The call whose launch is compiled."""
+    n = LENGTHS[variant]
+
+    def heads() -> torch.Tensor:
+        return _empty(1, n, HEADS, head_dim, dtype=DTYPES[dtype]).transpose(1, 2)
+
+    q, k, v = heads(), heads(), heads()
+    options: dict[str, Any] = {"scale": head_dim**-0.5, "tile": tile, "shares": 1}
+    if variant in ("pruned", "causal"):
+        options["key_padding_mask"] = _empty(1, n, dtype=torch.bool)
+    if variant == "pruned":
+        options["kept_heads"] = _empty(HEADS // 2, dtype=torch.int64)
+        options["kv_head_of"] = _empty(HEADS, dtype=torch.int64)
+    if variant == "causal":
+        positions = _empty(1, n, dtype=torch.int64)
+        options |= {"block_size": 32, "query_positions": positions, "key_positions": positions}
+    if variant == "split":
+        options["shares"] = 4
+    if kernel == "attention":
+        return lambda: attention(q, k, v, **options)
+    if variant == "sampled":
+        options |= {"sample": 16, "offset": _empty(1, dtype=torch.int64)}
+    return lambda: column_mass_(_empty(1, HEADS, n), q, k, _empty(1, HEADS, n), **options)
 
 
 def compile_tile(kernel: str, arch: int, dtype: str, head_dim: int, variant: str, tile: Tile) -> Compiled:
     """One tile of attention or column mass in one variant."""
-    function = {"attention": attention_kernel, "column_mass": column_mass_kernel}[kernel]
-    d1, d2 = split_head_dim(head_dim)
-    switches = [n for n in function.arg_names if n.isupper() and n not in ("D", "D1", "D2", "BM", "BN", "BQ")]
-    constants: dict[str, Any] = {n: VARIANTS[variant].get(n, False) for n in switches}
-    constants |= {"D": head_dim, "D1": d1, "D2": d2, "BN": tile.block_n, "PRECISION": "ieee"}
-    constants["BM" if kernel == "attention" else "BQ"] = tile.block_m
-    if kernel == "attention":
-        constants["WITH_OUT"] = True
-    types = types_of(function, dtype)
-    if kernel == "column_mass" or variant == "split":
-        types["out"] = "*fp32"
-    figures = compile_ahead(function, types, constants, arch, tile.num_warps, tile.num_stages)
+    first = launches(call_of(kernel, dtype, head_dim, variant, tile))[0]
+    stride = tile.block_n if kernel == "attention" else tile.block_m
+    figures = _figures(compile_for(arch, first), tile, stride)
     return Compiled(kernel, arch, dtype, head_dim, variant, tile, **figures)
 
 
 def compile_sink_update(arch: int) -> Compiled:
     """The sink update at 4096 keys, with padding and a trace."""
-    constants = {"WIDTH": 32, "BK": 2048, "PADDED": True, "TRACED": True}
-    figures = compile_ahead(sink_update_kernel, types_of(sink_update_kernel, "fp32"), constants, arch, 4, 3)
-    return Compiled("sink_update", arch, "fp32", 0, "traced", Tile(1, 2048, 4, 3), **figures)
+    rows, keys = 1024, 4096
+    sample_of = _empty(rows, dtype=torch.int32)
+    trace = _empty(8, rows, dtype=torch.int32), _empty(8, rows)
+    (first,) = launches(
+        lambda: sink_update_(
+            _empty(rows, keys), _empty(rows, reference.STATE_WIDTH), sample_of,
+            _empty(1, keys, dtype=torch.bool), keys, 4.0, 2.0, *trace,
+        )
+    )  # fmt: skip
+    tile = Tile(1, first.options["BK"], first.options["num_warps"], 3)
+    figures = _figures(compile_for(arch, first), tile, 64)
+    return Compiled("sink_update", arch, "fp32", 0, "traced", tile, **figures)
 
 
 def quick() -> Iterator[Compiled]:
@@ -220,9 +179,9 @@ def everything(archs: list[int]) -> Iterator[Compiled]:
 def table(compiled: list[Compiled]) -> str:
     """Markdown: a row per tile, each figure the worst over its variants."""
     lines = [
-        "| GPU | kernel | dtype | D | tile | warps | stages | registers | spills | shared KiB | wgmma "
-        "| blocks/SM |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| GPU | kernel | dtype | D | tile | warps | stages | registers | spills | loop / 64 | shared KiB "
+        "| wgmma | blocks/SM |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows: dict[tuple[object, ...], list[Compiled]] = {}
     for c in compiled:
@@ -241,8 +200,9 @@ def table(compiled: list[Compiled]) -> str:
             t.num_stages,
             max(c.registers for c in same),
             f"{spills} ({spilling})" if spilling else 0,
+            f"{min(c.loop_per_64 for c in same):.0f}" if kernel != "sink_update" else "-",
             f"{max(c.shared_bytes for c in same) / 1024:.0f}",
-            "yes" if min(c.wgmma for c in same) else "no",
+            "yes" if all(c.warpgroup for c in same) else "no",
             min(c.blocks_per_sm for c in same),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -301,7 +261,8 @@ def main() -> None:
             compiled.append(c)
             print(
                 f"{c.kernel} sm_{c.arch} {c.dtype} D={c.head_dim} {c.variant} {c.tile}: "
-                f"{c.registers} registers, {c.spills} spills, {c.blocks_per_sm} blocks/SM",
+                f"{c.registers} registers, {c.spills} spills, {c.loop_per_64:.0f} instructions per 64, "
+                f"{c.blocks_per_sm} blocks/SM",
                 file=sys.stderr,
                 flush=True,
             )

@@ -110,6 +110,21 @@ def test_conventions_of_other_kernels_are_understood(new_case):
     assert torch.equal(run(case, strided), expected)
 
 
+@pytest.mark.parametrize("shares", [1, 2])
+def test_a_few_empty_rows_among_whole_tiles_add_nothing(shares, new_case):
+    """Whole tiles of rows are walked without a mask, unless some log-sum-exp is -inf."""
+    case = new_case(1, 2, 2, 130, 40, 16)
+    lse = lse_of(case)
+    lse[0, 1, [3, 64, 129]] = math.inf
+    mass = run(case, lse, tile=SMALL, shares=shares)
+    scores = case.q.double() @ case.k.double().mT * case.scale * reference.LOG2E
+    counted = torch.tensor([130, 127], device=lse.device)[:, None]
+    exact = torch.exp2(scores - lse[..., None]).sum(2) / counted
+    torch.testing.assert_close(mass.double(), exact, atol=2e-7, rtol=1e-5)
+    flash3 = lse.masked_fill(lse == math.inf, -math.inf)
+    torch.testing.assert_close(run(case, flash3, tile=SMALL, shares=shares), mass, atol=1e-7, rtol=1e-6)
+
+
 def test_nan_in_padded_keys_and_padded_queries_stays_out(new_case):
     case = new_case(1, 2, 2, 33, 40, 16, padding=True, positions="q")
     lse, clean = lse_of(case), run(case, lse_of(case))
