@@ -138,6 +138,7 @@ def quick() -> Iterator[Compiled]:
     """What every test run compiles: the first tile of the sizes that models use, and each switch once."""
     for arch, kernel, head_dim, variant in (
         (90, "attention", 128, "plain"),
+        (90, "attention", 128, "pruned"),
         (90, "attention", 128, "causal"),
         (90, "attention", 64, "pruned"),
         (90, "attention", 80, "plain"),

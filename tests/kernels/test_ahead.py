@@ -69,6 +69,16 @@ def test_what_is_compiled_is_what_is_launched(compiled):
     assert all("n_shares" not in c["ones"] for c in compiled)
 
 
+def test_attention_needs_few_instructions_per_key(compiled):
+    """The loop of 64 keys was 377 instructions with tiles of 128 x 64."""
+    seen = [c for c in compiled if (c["kernel"], c["arch"], c["head_dim"]) == ("attention", 90, 128)]
+    assert {c["variant"] for c in seen} == {"plain", "pruned", "causal", "split"}
+    for c in seen:
+        assert (c["tile"]["block_m"], c["tile"]["block_n"]) == (128, 128)
+        # With explicit positions on both sides every tile is masked.
+        assert c["loop_per_64"] <= (900 if c["variant"] == "causal" else 260), named(c)
+
+
 def test_column_mass_cleans_the_log_sum_exp_outside_its_loop(compiled):
     """313 instructions per 64 rows with the cleaning, the counting and the row mask in the loop."""
     for c in compiled:

@@ -87,6 +87,16 @@ def test_without_values_only_the_lse_is_computed(new_case):
         torch.testing.assert_close(lse.double(), exact, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shares", [1, 3])
+@pytest.mark.parametrize("compact", [False, True], ids=["full", "compact"])
+def test_without_the_lse_the_output_is_the_same(compact, shares, new_case):
+    case = new_case(2, 4, 2, 37, 71, 16, kept=[1, 3], padding=True)
+    options = {"tile": SMALL, "shares": shares, "compact": compact}
+    expected, _ = run(case, **options)
+    out, lse = run(case, with_lse=False, **options)
+    assert torch.equal(out, expected) and lse.numel() == 0
+
+
 def test_nan_in_padded_keys_and_padded_queries_stays_out(new_case):
     case = new_case(1, 2, 2, 33, 40, 16, padding=True, positions="q")
     hidden, absent = ~case.key_padding_mask[0], case.query_positions[0] < 0

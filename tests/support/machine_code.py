@@ -32,6 +32,7 @@ LIMITS = {
     100: (65536, 2048, 32, 233472),
 }
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
+WORKING = (*TENSOR_CORE, "UTMALDG")
 
 
 @dataclass(frozen=True)
@@ -165,19 +166,71 @@ def _read(sass: str) -> tuple[list[str], tuple[Loop, ...]]:
             labels[label[1]] = len(lines)
         elif instruction := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text):
             lines.append(instruction[1])
-    spans = []
-    for end, line in enumerate(lines):
-        jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if jump and labels.get(jump[1], end + 1) <= end:
-            spans.append((labels[jump[1]], end))
-    working = [
-        (first, last)
-        for first, last in spans
-        if any(_name(line).startswith((*TENSOR_CORE, "UTMALDG")) for line in lines[first : last + 1])
+    loops = [body for body in _loops(lines, labels) if any(_name(lines[i]).startswith(WORKING) for i in body)]
+    inner = [body for body in loops if not any(other < body for other in loops)]
+    return lines, tuple(Loop(tuple(lines[i] for i in sorted(body))) for body in inner)
+
+
+def _loops(lines: list[str], labels: dict[str, int]) -> list[frozenset[int]]:
+    """Natural loops, as sets of instructions: what reaches a jump back to a head that every path to it
+    passes. Waits that the compiler put aside, behind the code, jump back too, but to no such head."""
+    jumps = {i: _jump(line, labels) for i, line in enumerate(lines)}
+    starts = {0, *labels.values(), *(i + 1 for i, (target, _) in jumps.items() if target is not None)}
+    starts = sorted(i for i in starts | {i + 1 for i in jumps if _leaves(lines[i])} if i < len(lines))
+    block_of = {first: number for number, first in enumerate(starts)}
+    ends = [after - 1 for after in starts[1:]] + [len(lines) - 1]
+    following: list[list[int]] = []
+    for number, last in enumerate(ends):
+        target, falls_through = jumps[last]
+        next_ones = [] if target is None else [block_of[target]]
+        if falls_through and number + 1 < len(starts):
+            next_ones.append(number + 1)
+        following.append(next_ones)
+    before: list[list[int]] = [[] for _ in starts]
+    for number, next_ones in enumerate(following):
+        for after in next_ones:
+            before[after].append(number)
+    dominators = _dominators(before)
+    loops: dict[int, set[int]] = {}
+    for number, next_ones in enumerate(following):
+        for head in next_ones:
+            if dominators[number] >> head & 1:
+                body, waiting = loops.setdefault(head, {head}), [number]
+                while waiting:
+                    block = waiting.pop()
+                    if block not in body:
+                        body.add(block)
+                        waiting.extend(before[block])
+    return [
+        frozenset(i for block in body for i in range(starts[block], ends[block] + 1))
+        for body in loops.values()
     ]
-    inner = [
-        (first, last)
-        for first, last in working
-        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in working)
-    ]
-    return lines, tuple(Loop(tuple(lines[first : last + 1])) for first, last in inner)
+
+
+def _dominators(before: list[list[int]]) -> list[int]:
+    """For each block, as bits, the blocks that every path to it passes."""
+    everything = (1 << len(before)) - 1
+    found = [1] + [everything] * (len(before) - 1)
+    changed = True
+    while changed:
+        changed = False
+        for block in range(1, len(before)):
+            passed = everything
+            for earlier in before[block]:
+                passed &= found[earlier]
+            if passed | 1 << block != found[block]:
+                found[block] = passed | 1 << block
+                changed = True
+    return found
+
+
+def _jump(line: str, labels: dict[str, int]) -> tuple[int | None, bool]:
+    """Where an instruction jumps to, and whether the next one may follow it."""
+    found = re.match(r"(@\S+\s+)?BRA\S*\s+(.*?)`\((\.L_x_\d+)\)", line)
+    if found is None:
+        return None, not _leaves(line)
+    return labels[found[3]], bool(found[1] or found[2].strip())
+
+
+def _leaves(line: str) -> bool:
+    return line.startswith(("EXIT", "RET", "BPT", "KILL"))
