@@ -18,43 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sinkprune.kernels import launch
+from sinkprune.kernels import attention_specialised, launch, probe
+from sinkprune.kernels.addressing import head_of, kv_of, load_tile, split_head_dim
 from sinkprune.kernels.launch import Tile
 
 # No recompilation as lengths change, not even at a length of 1 or a multiple of 16.
 LENGTHS = ["lq", "lk", "hq", "hkv", "n_shares", "block_size"]
 KEYS_SCANNED_AT_ONCE = tl.constexpr(1024)
-
-
-@triton.jit
-def load_tile(p, m_rows, m_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A 2-D tile, zeros where masked; a mask that is known to be all true costs nothing."""
-    if ROWS and COLS:
-        return tl.load(p, mask=m_rows[:, None] & m_cols[None, :], other=0.0)
-    elif ROWS:
-        return tl.load(p, mask=m_rows[:, None], other=0.0)
-    elif COLS:
-        return tl.load(p, mask=m_cols[None, :], other=0.0)
-    else:
-        return tl.load(p)
-
-
-@triton.jit
-def head_of(slot, kept_heads, KEPT: tl.constexpr):
-    """The query head of a grid slot, as int64: offsets are multiplied in 64 bits."""
-    if KEPT:
-        return tl.load(kept_heads + slot).to(tl.int64)
-    else:
-        return slot.to(tl.int64)
-
-
-@triton.jit
-def kv_of(i_h, kv_head_of, hq, hkv, MAPPED: tl.constexpr):
-    """The key/value head that query head ``i_h`` reads, as int64."""
-    if MAPPED:
-        return tl.load(kv_head_of + i_h).to(tl.int64)
-    else:
-        return i_h // (hq // hkv)
 
 
 @triton.jit
@@ -297,16 +267,6 @@ def combine_kernel(
         tl.store(p_out + o_d[None, :], b_o, mask=m_tile)
 
 
-def split_head_dim(d: int) -> tuple[int, int]:
-    """``(D1, D2)``: the power-of-two dots that cover a head: 80 = 64 + 16, 96 = 64 + 32, 128 = 128 + 0."""
-    d1 = max(16, 1 << (d.bit_length() - 1))
-    rest = d - d1
-    if rest <= 0:
-        return d1, 0
-    d2 = max(16, 1 << (rest - 1).bit_length())
-    return (d1 * 2, 0) if d2 == d1 else (d1, d2)
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -328,10 +288,10 @@ def attention(
 
     Without ``v`` only the log-sum-exp is computed, and with ``with_lse`` off only the output: the other
     result is then an empty tensor. ``tile`` and ``shares`` (key shares per query tile) override the shipped
-    launch configuration.
+    launch configuration; a specialised tile that cannot serve the call raises ValueError.
     """
     b, hq, lq, d = q.shape
-    hkv, lk = k.shape[1], k.shape[2]
+    lk = k.shape[2]
     h = hq if kept_heads is None else kept_heads.shape[0]
     h_out = h if compact else hq
     partly = kept_heads is not None and not compact
@@ -343,10 +303,58 @@ def attention(
         lse.fill_(math.inf)
     if 0 in (b, h, lq, lk):
         return out.zero_(), lse
+    masks = (key_padding_mask, block_size, query_positions, key_positions)
+    masked = any(x is not None for x in masks)
     if tile is None:
-        tile, chosen = launch.attention_tile(q, rows=lq, keys=lk, programs=b * h)
+        specialised = (
+            v is not None
+            and not masked
+            and probe.specialised_works(q.device)
+            and attention_specialised.serves(q, k, v)
+        )
+        tile, chosen = launch.attention_tile(q, rows=lq, keys=lk, programs=b * h, specialised=specialised)
         shares = chosen if shares is None else shares
+    if tile.specialised:
+        if v is None or masked or not attention_specialised.serves(q, k, v):
+            raise ValueError(
+                "a specialised tile serves calls with values and without masks, 16-bit, heads of 64 or 128 "
+                f"at multiples of 16 bytes, got {q.dtype}, head {d}, strides {q.stride()}, masked={masked}"
+            )
+        attention_specialised.attend(
+            q, k, v, out, lse if with_lse else None, kept_heads=kept_heads, kv_head_of=kv_head_of,
+            scale=scale, compact=compact, tile=tile,
+        )  # fmt: skip
+        return out, lse
     shares = max(1, min(shares or 1, -(-lk // tile.block_n)))
+    _launch(
+        q, k, v, out, lse, kept_heads, kv_head_of, key_padding_mask, block_size, query_positions,
+        key_positions, scale, compact, with_lse, tile, shares,
+    )  # fmt: skip
+    return out, lse
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept_heads: Tensor | None,
+    kv_head_of: Tensor | None,
+    key_padding_mask: Tensor | None,
+    block_size: int | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    scale: float,
+    compact: bool,
+    with_lse: bool,
+    tile: Tile,
+    shares: int,
+) -> None:
+    """The kernel of this file over ``shares`` shares of the keys, which a second one joins."""
+    b, hq, lq, d = q.shape
+    hkv, lk = k.shape[1], k.shape[2]
+    h = hq if kept_heads is None else kept_heads.shape[0]
     split = shares > 1
     d1, d2 = split_head_dim(d)
     to, to_lse = out, lse
@@ -361,26 +369,30 @@ def attention(
     query_positions = None if query_positions is None else launch.rows(query_positions)
     key_positions = None if key_positions is None else launch.rows(key_positions)
     values = k if v is None else v
+    optional = (kept_heads, kv_head_of, padding, query_positions, key_positions)
+    constants = {
+        "D": d, "D1": d1, "D2": d2, "BM": tile.block_m, "BN": tile.block_n,
+        "KEPT": kept_heads is not None, "MAPPED": kv_head_of is not None, "COMPACT": compact or split,
+        "SPLIT": split, "PADDED": padding is not None, "CAUSAL": block_size is not None,
+        "QUERY_POSITIONS": query_positions is not None, "KEY_POSITIONS": key_positions is not None,
+        "WITH_OUT": v is not None, "WITH_LSE": with_lse or split, "PRECISION": "ieee",
+    }  # fmt: skip
     with launch.on_device(q):
-        attention_kernel[(-(-lq // tile.block_m), h, b * shares)](
-            q, k, values, to, to_lse,
-            *(q if x is None else x for x in (kept_heads, kv_head_of, padding, query_positions,
-            key_positions)), *q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *o_strides, *l_strides,
-            *(0 if x is None else x.stride(0) for x in (padding, query_positions, key_positions)),
-            lq, lk, hq, hkv, shares, min(block_size or 1, 1 << 29), scale * launch.LOG2E,
-            D=d, D1=d1, D2=d2, BM=tile.block_m, BN=tile.block_n,
-            KEPT=kept_heads is not None, MAPPED=kv_head_of is not None, COMPACT=compact or split, SPLIT=split,
-            PADDED=padding is not None, CAUSAL=block_size is not None,
-            QUERY_POSITIONS=query_positions is not None, KEY_POSITIONS=key_positions is not None,
-            WITH_OUT=v is not None, WITH_LSE=with_lse or split, PRECISION="ieee",
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        launch.start(
+            attention_kernel, (-(-lq // tile.block_m), h, b * shares),
+            (q, k, values, to, to_lse, *[q if x is None else x for x in optional]),
+            (*q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *o_strides, *l_strides,
+             *[0 if x is None else x.stride(0) for x in optional[2:]],
+             lq, lk, hq, hkv, shares, min(block_size or 1, 1 << 29), scale * launch.LOG2E),
+            constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if split:
             rows = min(16, 1 << (lq - 1).bit_length())
-            combine_kernel[(-(-lq // rows), h, b)](
-                to, to_lse, out, lse, lse if kept_heads is None else kept_heads,
-                *out.stride()[:3], lq, hq, shares,
-                D=d, DP=1 << (d - 1).bit_length(), BM=rows, KEPT=kept_heads is not None, COMPACT=compact,
-                WITH_OUT=v is not None, WITH_LSE=with_lse, num_warps=4,
+            launch.start(
+                combine_kernel, (-(-lq // rows), h, b),
+                (to, to_lse, out, lse, lse if kept_heads is None else kept_heads),
+                (*out.stride()[:3], lq, hq, shares),
+                {"D": d, "DP": 1 << (d - 1).bit_length(), "BM": rows, "KEPT": kept_heads is not None,
+                 "COMPACT": compact, "WITH_OUT": v is not None, "WITH_LSE": with_lse},
+                num_warps=4,
             )  # fmt: skip
-    return out, lse

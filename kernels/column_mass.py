@@ -20,11 +20,38 @@ import triton.language as tl
 from torch import Tensor
 
 from sinkprune.kernels import launch
-from sinkprune.kernels.attention import attention, head_of, kv_of, load_tile, split_head_dim
+from sinkprune.kernels.addressing import head_of, kv_of, load_tile, split_head_dim
+from sinkprune.kernels.attention import attention
 from sinkprune.kernels.launch import Tile
 
 LENGTHS = ["lq", "lk", "hq", "hkv", "n_shares", "block_size", "sample"]
 COUNTED_AT_ONCE = tl.constexpr(512)
+
+
+@triton.jit
+def _rows_to_walk(
+    i_s, n_shares, lq, sample, offset, BQ: tl.constexpr,
+    SAMPLED: tl.constexpr, OFFSET: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """``(start, step, lo, hi)``: of the query rows ``start, start + step, ...`` this share walks those
+    numbered ``lo .. hi``."""
+    start = 0
+    step = 1
+    n_rows = lq
+    if SAMPLED:
+        step = sample
+        if OFFSET:
+            usable = tl.minimum(sample, lq)
+            start = (tl.load(offset) % usable).to(tl.int32)
+            start = tl.where(start < 0, start + usable, start)
+        n_rows = tl.cdiv(lq - start, sample)
+    lo = 0
+    hi = n_rows
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(n_rows, BQ), n_shares) * BQ
+        lo = i_s * share
+        hi = tl.minimum(n_rows, lo + share)
+    return start, step, lo, hi
 
 
 @triton.jit
@@ -119,23 +146,7 @@ def column_mass_kernel(
             k_position = tl.load(key_positions + i_b * stride_kpb + o_n, mask=m_n, other=0).to(tl.int32)
         seen_from = k_position // block_size * block_size  # the first position that sees the key
 
-    # The rows walked are start, start + step, ...: n_rows of them, shared out over the query shares.
-    start = 0
-    step = 1
-    n_rows = lq
-    if SAMPLED:
-        step = sample
-        if OFFSET:
-            usable = tl.minimum(sample, lq)
-            start = (tl.load(offset) % usable).to(tl.int32)
-            start = tl.where(start < 0, start + usable, start)
-        n_rows = tl.cdiv(lq - start, sample)
-    lo = 0
-    hi = n_rows
-    if SPLIT:
-        share = tl.cdiv(tl.cdiv(n_rows, BQ), n_shares) * BQ
-        lo = i_s * share
-        hi = tl.minimum(n_rows, lo + share)
+    start, step, lo, hi = _rows_to_walk(i_s, n_shares, lq, sample, offset, BQ, SAMPLED, OFFSET, SPLIT)
     p_q = q + i_b * stride_qb + i_h * stride_qh
     p_lse = lse + i_b * stride_lb + i_h * stride_lh
     p_positions = query_positions + i_b * stride_qpb
@@ -240,11 +251,11 @@ def column_mass_(
             q, k, None, kept_heads=kept_heads, kv_head_of=kv_head_of, key_padding_mask=key_padding_mask,
             block_size=block_size, query_positions=query_positions, key_positions=key_positions, scale=scale,
         )  # fmt: skip
-    rows = lq if sample is None else triton.cdiv(lq, sample)
+    rows = lq if sample is None else -(-lq // sample)
     if tile is None:
         tile, chosen = launch.column_mass_tile(q, rows=rows, keys=lk, programs=b * h)
         shares = chosen if shares is None else shares
-    shares = max(1, min(shares or 1, triton.cdiv(rows, tile.block_m)))
+    shares = max(1, min(shares or 1, -(-rows // tile.block_m)))
     split = shares > 1
     d1, d2 = split_head_dim(d)
     to, counts, o_strides = out, out, (out.stride(0), out.stride(1), 0)
@@ -255,23 +266,28 @@ def column_mass_(
     padding = None if key_padding_mask is None else launch.rows_of_bytes(key_padding_mask)
     query_positions = None if query_positions is None else launch.rows(query_positions)
     key_positions = None if key_positions is None else launch.rows(key_positions)
+    optional = (kept_heads, kv_head_of, padding, query_positions, key_positions, offset)
+    constants = {
+        "D": d, "D1": d1, "D2": d2, "BN": tile.block_n, "BQ": tile.block_m,
+        "KEPT": kept_heads is not None, "MAPPED": kv_head_of is not None, "SAMPLED": sample is not None,
+        "OFFSET": offset is not None, "SPLIT": split, "PADDED": padding is not None,
+        "CAUSAL": block_size is not None, "QUERY_POSITIONS": query_positions is not None,
+        "KEY_POSITIONS": key_positions is not None, "PRECISION": "ieee",
+    }  # fmt: skip
     with launch.on_device(q):
-        column_mass_kernel[(triton.cdiv(lk, tile.block_n), h, b * shares)](
-            q, k, lse, to, counts,
-            *(out if x is None else x
-              for x in (kept_heads, kv_head_of, padding, query_positions, key_positions, offset)),
-            *q.stride()[:3], *k.stride()[:3], *lse.stride(), *o_strides,
-            *(0 if x is None else x.stride(0) for x in (padding, query_positions, key_positions)),
-            lq, lk, hq, hkv, shares, min(block_size or 1, 1 << 29), sample or 1, scale * launch.LOG2E,
-            D=d, D1=d1, D2=d2, BN=tile.block_n, BQ=tile.block_m,
-            KEPT=kept_heads is not None, MAPPED=kv_head_of is not None, SAMPLED=sample is not None,
-            OFFSET=offset is not None, SPLIT=split, PADDED=padding is not None, CAUSAL=block_size is not None,
-            QUERY_POSITIONS=query_positions is not None, KEY_POSITIONS=key_positions is not None,
-            PRECISION="ieee", num_warps=tile.num_warps, num_stages=tile.num_stages,
+        launch.start(
+            column_mass_kernel, (-(-lk // tile.block_n), h, b * shares),
+            (q, k, lse, to, counts, *[out if x is None else x for x in optional]),
+            (*q.stride()[:3], *k.stride()[:3], *lse.stride(), *o_strides,
+             *[0 if x is None else x.stride(0) for x in optional[2:5]],
+             lq, lk, hq, hkv, shares, min(block_size or 1, 1 << 29), sample or 1, scale * launch.LOG2E),
+            constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if split:
-            width = min(1024, triton.next_power_of_2(lk))
-            join_shares_kernel[(triton.cdiv(lk, width), h, b)](
-                to, counts, out, out if kept_heads is None else kept_heads, out.stride(0), out.stride(1),
-                lk, hq, shares, BN=width, KEPT=kept_heads is not None, num_warps=4,
+            width = min(1024, 1 << (lk - 1).bit_length())
+            launch.start(
+                join_shares_kernel, (-(-lk // width), h, b),
+                (to, counts, out, out if kept_heads is None else kept_heads),
+                (out.stride(0), out.stride(1), lk, hq, shares),
+                {"BN": width, "KEPT": kept_heads is not None}, num_warps=4,
             )  # fmt: skip

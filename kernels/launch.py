@@ -38,8 +38,11 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 2
     blocks_per_sm: int = 1
-    # Time per query row relative to the family's best tile, all waves being full; 1 where nobody measured.
+    # Time per query row relative to the family's best plain tile, all waves being full: an estimate from
+    # the machine code until `tuning.tune` has measured.
     cost: float = 1.0
+    # For the form of attention that copies through tensor descriptors (see `attention_specialised`).
+    specialised: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,14 +156,18 @@ def bucket(
     return kernel, _bits(q), head_class(q.shape[-1]), up[0], up[1], up[2]
 
 
-def attention_tile(q: Tensor, *, rows: int, keys: int, programs: int) -> tuple[Tile, int]:
+def attention_tile(
+    q: Tensor, *, rows: int, keys: int, programs: int, specialised: bool = False
+) -> tuple[Tile, int]:
     """``(tile, key shares)`` for ``rows`` queries of ``programs`` = batch x kept heads against ``keys``
-    keys."""
+    keys; ``specialised``: tiles of `attention_specialised` may serve the call."""
     known, multiprocessors = device_family(q.device)  # reads the tuned file the first time
     chosen = overrides.get(bucket("attention", q, rows, keys, programs)) if overrides else None
-    if chosen is not None:
+    if chosen is not None and (specialised or not chosen[0].specialised):
         return chosen
-    return choose_tile("attention", known, multiprocessors, _bits(q), q.shape[-1], rows, keys, programs)
+    return choose_tile(
+        "attention", known, multiprocessors, _bits(q), q.shape[-1], rows, keys, programs, specialised
+    )
 
 
 def column_mass_tile(q: Tensor, *, rows: int, keys: int, programs: int) -> tuple[Tile, int]:
@@ -183,6 +190,7 @@ def choose_tile(
     grid_rows: int,
     walk: int,
     programs: int,
+    specialised: bool = False,
 ) -> tuple[Tile, int]:
     """The listed tile with the cheapest waves, and into how many shares to split its walk so that the GPU
     fills.
@@ -192,13 +200,13 @@ def choose_tile(
     """
     along, across = ("block_m", "block_n") if kernel == "attention" else ("block_n", "block_m")
     best: tuple[float, Tile, int] | None = None
-    for tile in known.tiles[kernel][bits][head_class(head_dim)]:
+    for tile in listed_tiles(known, kernel, bits, head_dim, specialised):
         held, step = getattr(tile, along), getattr(tile, across)
         blocks = -(-grid_rows // held) * programs
         at_once = multiprocessors * tile.blocks_per_sm
         shares = 1
         if (
-            blocks * 2 <= at_once
+            blocks * 2 <= at_once and not tile.specialised
         ):  # less than half a wave: let several programs share a walk of at least 4 steps each
             shares = max(1, min(MOST_SHARES, at_once // blocks, walk // (4 * step)))
         steps = -(-walk // (step * shares)) * step
@@ -212,12 +220,64 @@ def choose_tile(
     return best[1], best[2]
 
 
+def listed_tiles(
+    known: Family, kernel: str, bits: str, head_dim: int, specialised: bool = False
+) -> list[Tile]:
+    """The shipped tiles of a bucket; ``specialised`` adds those of the second form of the kernel."""
+    tiles = known.tiles[kernel][bits][head_class(head_dim)]
+    if specialised:
+        more = known.tiles.get(f"{kernel}_specialised", {}).get(bits, {})
+        tiles = tiles + more.get(head_class(head_dim), [])
+    return tiles
+
+
 def _bits(q: Tensor) -> str:
     return "16" if q.element_size() == 2 else "32"
 
 
 def head_class(head_dim: int) -> str:
     return next(name for name in ("64", "96", "128", "256") if head_dim <= int(name))
+
+
+# Compiled kernels by everything that Triton compiles for, so that a launch need not look at it again.
+_compiled: dict[tuple[Any, ...], Any] = {}
+MOST_COMPILED = 4096
+
+
+def start(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    pointers: tuple[Tensor, ...],
+    scalars: tuple[int | float, ...],
+    constants: dict[str, Any],
+    *,
+    num_warps: int,
+    num_stages: int = 3,
+    descriptors: tuple[Any, ...] = (),
+) -> None:
+    """``kernel[grid](*descriptors, *pointers, *scalars, **constants)`` on the current device.
+
+    What Triton compiles for depends on dtypes, on addresses and integers that are 1 or multiples of 16, and
+    on the constants. Once a kernel was launched with the same of each, its code is launched straight away:
+    Triton's own look at every argument takes longer than all the rest.
+    """
+    first = pointers[0]
+    key = (
+        id(kernel), first.device, scalars, tuple(constants.values()), num_warps, num_stages,
+        tuple([x.dtype for x in pointers]), tuple([x.data_ptr() & 15 for x in pointers]),
+        tuple([(x.base.dtype, *x.block_shape) for x in descriptors]),
+    )  # fmt: skip
+    ready = _compiled.get(key)
+    if ready is not None:
+        ready[grid](*descriptors, *pointers, *scalars, *constants.values())
+        return
+    made = kernel[grid](
+        *descriptors, *pointers, *scalars, **constants, num_warps=num_warps, num_stages=num_stages
+    )
+    if made is not None:  # the interpreter compiles nothing
+        if len(_compiled) >= MOST_COMPILED:  # lengths are part of the key, and nobody bounds those
+            _compiled.clear()
+        _compiled[key] = made
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -134,12 +134,14 @@ def sink_update_(
     if rows == 0:
         return
     padding = None if key_padding_mask is None else launch.rows_of_bytes(key_padding_mask)
-    width = min(2048, max(16, triton.next_power_of_2(num_keys)))
+    width = min(2048, max(16, 1 << (num_keys - 1).bit_length()))
     with launch.on_device(mass):
-        sink_update_kernel[(rows,)](
-            mass, state, sample_of, state if padding is None else padding, trace_positions, trace_mass,
-            mass.stride(0), 0 if padding is None else padding.stride(0),
-            num_keys, rows, trace_positions.shape[0], gate_share, gate_sigma,
-            WIDTH=STATE_WIDTH, BK=width, PADDED=padding is not None, TRACED=trace_positions.shape[0] > 0,
+        launch.start(
+            sink_update_kernel, (rows, 1, 1),
+            (mass, state, sample_of, state if padding is None else padding, trace_positions, trace_mass),
+            (mass.stride(0), 0 if padding is None else padding.stride(0), num_keys, rows,
+             trace_positions.shape[0], gate_share, gate_sigma),
+            {"WIDTH": STATE_WIDTH, "BK": width, "PADDED": padding is not None,
+             "TRACED": trace_positions.shape[0] > 0},
             num_warps=4,
         )  # fmt: skip

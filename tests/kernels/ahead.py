@@ -54,6 +54,9 @@ class Compiled:
     loop_per_64: float
     blocks_per_sm: int
     ones: tuple[str, ...]
+    warps: int
+    tile_copies: int
+    block_barriers: int
 
 
 def _figures(code: Code, tile: Tile, stride: int) -> dict[str, Any]:
@@ -70,6 +73,9 @@ def _figures(code: Code, tile: Tile, stride: int) -> dict[str, Any]:
         "loop_per_64": len(loop) * 64 / stride if loop else 0.0,
         "blocks_per_sm": code.blocks_per_sm,
         "ones": code.ones,
+        "warps": code.warps,
+        "tile_copies": sum(one.count("UTMALDG") for one in code.loops),
+        "block_barriers": max((one.block_barriers(32 * code.warps) for one in code.loops), default=0),
     }
 
 
@@ -78,10 +84,20 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 # What a variant switches on, and its length: "plain": every head, nothing masked; "pruned": a kept subset
-# over ragged groups with padding; "causal": block-causal with explicit positions on both sides; "split": key
-# or query shares. Lengths that 16 does not divide leave fewer strides to specialise.
+# over ragged groups, with padding where the form takes it; "causal": block-causal with explicit positions on
+# both sides; "split": key or query shares. Lengths that 16 does not divide leave fewer strides to specialise.
 LENGTHS = {"plain": 1024, "split": 1024, "sampled": 1024, "pruned": 1001, "causal": 1001}
 HEADS = 32
+SIZES = {
+    "attention": (64, 80, 96, 128, 256),
+    "attention_specialised": (64, 128),
+    "column_mass": (64, 80, 96, 128, 256),
+}
+VARIANTS = {
+    "attention": ("plain", "pruned", "causal", "split"),
+    "attention_specialised": ("plain", "pruned"),
+    "column_mass": ("plain", "pruned", "causal", "sampled"),
+}
 
 
 def call_of(kernel: str, dtype: str, head_dim: int, variant: str, tile: Tile) -> Callable[[], object]:
@@ -93,7 +109,7 @@ def call_of(kernel: str, dtype: str, head_dim: int, variant: str, tile: Tile) ->
 
     q, k, v = heads(), heads(), heads()
     options: dict[str, Any] = {"scale": head_dim**-0.5, "tile": tile, "shares": 1}
-    if variant in ("pruned", "causal"):
+    if variant in ("pruned", "causal") and not tile.specialised:
         options["key_padding_mask"] = _empty(1, n, dtype=torch.bool)
     if variant == "pruned":
         options["kept_heads"] = _empty(HEADS // 2, dtype=torch.int64)
@@ -103,7 +119,7 @@ def call_of(kernel: str, dtype: str, head_dim: int, variant: str, tile: Tile) ->
         options |= {"block_size": 32, "query_positions": positions, "key_positions": positions}
     if variant == "split":
         options["shares"] = 4
-    if kernel == "attention":
+    if kernel.startswith("attention"):
         return lambda: attention(q, k, v, **options)
     if variant == "sampled":
         options |= {"sample": 16, "offset": _empty(1, dtype=torch.int64)}
@@ -113,7 +129,7 @@ def call_of(kernel: str, dtype: str, head_dim: int, variant: str, tile: Tile) ->
 def compile_tile(kernel: str, arch: int, dtype: str, head_dim: int, variant: str, tile: Tile) -> Compiled:
     """One tile of attention or column mass in one variant."""
     first = launches(call_of(kernel, dtype, head_dim, variant, tile))[0]
-    stride = tile.block_n if kernel == "attention" else tile.block_m
+    stride = tile.block_m if kernel == "column_mass" else tile.block_n
     figures = _figures(compile_for(arch, first), tile, stride)
     return Compiled(kernel, arch, dtype, head_dim, variant, tile, **figures)
 
@@ -143,12 +159,16 @@ def quick() -> Iterator[Compiled]:
         (90, "attention", 64, "pruned"),
         (90, "attention", 80, "plain"),
         (90, "attention", 128, "split"),
+        (90, "attention_specialised", 128, "plain"),
+        (90, "attention_specialised", 128, "pruned"),
+        (90, "attention_specialised", 64, "pruned"),
         (90, "column_mass", 128, "plain"),
         (90, "column_mass", 64, "sampled"),
         (90, "column_mass", 128, "causal"),
         (80, "attention", 128, "plain"),
         (80, "column_mass", 64, "pruned"),
         (100, "attention", 128, "pruned"),
+        (100, "attention_specialised", 128, "pruned"),
         (100, "column_mass", 128, "plain"),
     ):
         tile = tiles(arch, kernel, head_dim)[0]
@@ -158,22 +178,21 @@ def quick() -> Iterator[Compiled]:
 
 def tiles(arch: int, kernel: str, head_dim: int, bits: str = "16") -> list[Tile]:
     """The shipped tiles of one bucket."""
-    return launch.family(f"sm_{arch}").tiles[kernel][bits][launch.head_class(head_dim)]
+    heads = launch.family(f"sm_{arch}").tiles.get(kernel, {}).get(bits, {})
+    return heads.get(launch.head_class(head_dim), []) if head_dim in SIZES[kernel] else []
 
 
 def everything(archs: list[int]) -> Iterator[Compiled]:
     """Every shipped 16-bit tile at every head size that differs, in every variant; fp32 once per size."""
     for arch in archs:
-        for kernel in ("attention", "column_mass"):
-            for head_dim in (64, 80, 96, 128, 256):
-                variants = ("plain", "pruned", "causal", "split" if kernel == "attention" else "sampled")
+        for kernel, sizes in SIZES.items():
+            for head_dim in sizes:
                 for tile in tiles(arch, kernel, head_dim):
-                    for variant in variants:
+                    for variant in VARIANTS[kernel]:
                         yield compile_tile(kernel, arch, "bf16", head_dim, variant, tile)
-            if arch == 90:
-                for head_dim in (64, 128):
-                    for tile in tiles(arch, kernel, head_dim, "32"):
-                        yield compile_tile(kernel, arch, "fp32", head_dim, "plain", tile)
+            for head_dim in (64, 128) if arch == 90 else ():
+                for tile in tiles(arch, kernel, head_dim, "32"):
+                    yield compile_tile(kernel, arch, "fp32", head_dim, "plain", tile)
         yield compile_sink_update(arch)
 
 

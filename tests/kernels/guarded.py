@@ -77,6 +77,14 @@ def run(case: Case, shares: int) -> None:
     mass_module.column_mass_(out, case.q, case.k, guarded(lse), sample=5, offset=offset, **options)
 
 
+def run_specialised() -> None:
+    """Tiles of 64 rows over samples of 37 queries and 70 keys."""
+    case = guard(make_case(2, 3, 3, 37, 70, 64, dtype=torch.float16, kept=[0, 2]))
+    tile = Tile(64, 64, 4, 2, specialised=True)
+    attention_module.attention(case.q, case.k, case.v, scale=1.0, tile=tile, compact=True, **case.choices)
+    attention_module.attention(case.q, case.k, case.v, scale=1.0, tile=tile, with_lse=False)
+
+
 def main() -> None:
     global at_end
     parser = argparse.ArgumentParser(description=__doc__)
@@ -94,6 +102,7 @@ def main() -> None:
     for at_end in (True, False):
         for name in shapes if at_end else shapes[:1]:
             run(guard(make_case(**SHAPES[name])), shares=1 + at_end)
+        run_specialised()
         for keys in (17, 2100):
             sink_module.sink_update_(
                 guarded(torch.rand(6, keys)),

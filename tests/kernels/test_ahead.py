@@ -45,7 +45,7 @@ def test_tensor_cores_are_used_and_warpgroup_ones_where_there_are_any(compiled):
         if c["kernel"] == "sink_update":
             continue
         if c["arch"] in (90, 100):
-            held = c["tile"]["block_m" if c["kernel"] == "attention" else "block_n"]
+            held = c["tile"]["block_n" if c["kernel"] == "column_mass" else "block_m"]
             assert held < 64 or c["warpgroup"], named(c)
         else:
             assert c["tensor_core"] > 0, named(c)
@@ -77,6 +77,19 @@ def test_attention_needs_few_instructions_per_key(compiled):
         assert (c["tile"]["block_m"], c["tile"]["block_n"]) == (128, 128)
         # With explicit positions on both sides every tile is masked.
         assert c["loop_per_64"] <= (900 if c["variant"] == "causal" else 260), named(c)
+
+
+def test_the_specialised_form_is_specialised(compiled):
+    """A compiler that cannot specialise the loop says nothing: it makes four warps that spill."""
+    seen = [c for c in compiled if c["kernel"] == "attention_specialised"]
+    assert {(c["arch"], c["head_dim"]) for c in seen} == {(90, 64), (90, 128), (100, 128)}
+    for c in seen:
+        assert c["warps"] > c["tile"]["num_warps"] and c["tile_copies"] > 0, named(c)
+        assert c["registers"] <= 168, named(c)
+        if c["arch"] == 90:
+            assert c["block_barriers"] == 0, named(c)
+            # The last keys of a sample, where its tiles are not whole, cost a comparison in every tile.
+            assert c["loop_per_64"] <= (240 if c["variant"] == "plain" else 300), named(c)
 
 
 def test_column_mass_cleans_the_log_sum_exp_outside_its_loop(compiled):

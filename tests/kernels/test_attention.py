@@ -10,7 +10,8 @@ from kernel_cases import SHAPES, assert_as_exact
 from reserved_memory import reserve
 
 from sinkprune.kernels import reference
-from sinkprune.kernels.attention import attention, split_head_dim
+from sinkprune.kernels.addressing import split_head_dim
+from sinkprune.kernels.attention import attention
 from sinkprune.kernels.launch import Tile
 
 TILE = Tile(64, 64, 4, 2)

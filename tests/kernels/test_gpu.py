@@ -9,7 +9,7 @@ from kernel_cases import make_case
 
 from sinkprune import ops
 from sinkprune.evidence.sinks import SinkTracker
-from sinkprune.kernels import reference
+from sinkprune.kernels import launch, probe, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -79,6 +79,20 @@ def test_the_fused_kernels_log_sum_exp_is_ours(kv_heads):
     torch.testing.assert_close(out, ours, atol=2e-2, rtol=2e-2)
     exact = reference.column_mass(q.float(), k.float())
     torch.testing.assert_close(ops.column_mass(q, k, lse), exact, atol=1e-5, rtol=2e-2)
+
+
+def test_the_specialised_form_is_taken_where_it_agrees_and_repeats_its_bits():
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not probe.specialised_works(device):
+        pytest.skip("its family has no specialised tiles, or the probe's answer speaks against them")
+    assert probe.disagreement(device, length=1000) == ""
+    q, k, v = (torch.randn(2, 16, 4096, 128, device=device, dtype=torch.bfloat16) for _ in range(3))
+    tile, _ = launch.attention_tile(q, rows=4096, keys=4096, programs=32, specialised=True)
+    assert tile.specialised
+    first = ops.attention(q, k, v, backend="triton")
+    for _ in range(20):  # warps that race show in some of many blocks
+        again = ops.attention(q, k, v, backend="triton")
+        assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 
 
 def test_a_launch_goes_to_the_tensors_device():

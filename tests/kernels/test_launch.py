@@ -6,8 +6,11 @@ import json
 
 import pytest
 import torch
+import triton
 
 from sinkprune.kernels import launch, roofline, tuning
+from sinkprune.kernels.attention import attention
+from sinkprune.kernels.column_mass import column_mass_
 from sinkprune.kernels.launch import Tile
 
 
@@ -82,6 +85,58 @@ def test_tuned_files_lie_in_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert launch.tuned_path("NVIDIA H100 80GB/HBM3").parent == tmp_path / "sinkprune"
     assert "/" not in launch.tuned_path("a/b").name
+
+
+class Compiler:
+    """A kernel that counts compilations and launches of what it compiled."""
+
+    def __init__(self):
+        self.compiled, self.launched = 0, []
+
+    def __getitem__(self, grid):
+        def launch_and_compile(*arguments, num_warps, num_stages, **constants):
+            self.compiled += 1
+            return {grid: lambda *again: self.launched.append(again)}
+
+        return launch_and_compile
+
+
+def test_a_kernel_is_looked_at_once_for_the_same_kind_of_arguments(monkeypatch):
+    monkeypatch.setattr(launch, "_compiled", {})
+    kernel, x = Compiler(), torch.zeros(64)
+
+    def start(pointer=x, length=5, tile=16, warps=4):
+        launch.start(kernel, (1, 1, 1), (pointer,), (length, 0.5), {"BM": tile}, num_warps=warps)
+
+    start()
+    start()
+    start(torch.zeros(64))  # another address, aligned alike
+    assert kernel.compiled == 1 and len(kernel.launched) == 2
+    assert kernel.launched[0] == (x, 5, 0.5, 16)
+    for other in ({"pointer": x[1:]}, {"pointer": x.double()}, {"length": 16}, {"tile": 32}, {"warps": 8}):
+        start(**other)
+    assert kernel.compiled == 6
+    monkeypatch.setattr(launch, "MOST_COMPILED", 6)
+    start(length=7)
+    assert len(launch._compiled) == 1
+
+
+def test_no_jitted_arithmetic_on_the_host(monkeypatch):
+    """`triton.cdiv` and its like cost microseconds a call outside a kernel."""
+
+    def refuse(*arguments):
+        raise AssertionError("jitted arithmetic on the host")
+
+    for name in ("cdiv", "next_power_of_2"):
+        monkeypatch.setattr(triton, name, refuse)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    q = torch.randn(1, 1, 20, 16, device=device)
+    for shares in (1, 2):
+        options = {"scale": 1.0, "tile": Tile(16, 16), "shares": shares}
+        _, lse = attention(q, q, q, **options)
+        mass = torch.zeros(1, 1, 20, device=device)
+        column_mass_(mass, q, q, lse, sample=1, **options)
+    assert float(mass.sum()) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
