@@ -223,3 +223,50 @@ def sink_update_(
     state[:, SHARE_SUM] += torch.where(sink, top * n, 0.0)
     state[:, GATED_MASS_SUM] += torch.where(stands_out, top, 0.0)
     return torch.where(sink, position, -1).to(torch.int32), torch.where(sink, top, 0.0)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(norm, x + residual)`` of ``[..., N]``: the sum and the norm are rounded to x's dtype, then the gain
+    multiplies; see `elementwise.rms_norm`."""
+    summed = x if residual is None else x + residual
+    wide = summed.to(torch.promote_types(x.dtype, torch.float32))
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (normed if weight is None else normed * weight), summed
+
+
+def rope_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    k_cos: Tensor | None = None,
+    k_sin: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Queries ``[B, Hq, Lq, D]`` and keys, normed per head where there are gains, then turned in float32 by
+    ``[Lq, R]`` or ``[B, 1, Lq, R]`` tables, rotate-half; see `elementwise.rope_qk`."""
+    if q_weight is not None:
+        q = rms_norm(q, q_weight, eps)[0].to(q.dtype)
+    if k_weight is not None:
+        k = rms_norm(k, k_weight, eps)[0].to(k.dtype)
+    k_cos, k_sin = cos if k_cos is None else k_cos, sin if k_sin is None else k_sin
+    return _turned(q, cos, sin), _turned(k, k_cos, k_sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated = cos.shape[-1]
+    part = x[..., :rotated].to(torch.promote_types(x.dtype, torch.float32))
+    first, second = part.chunk(2, -1)
+    part = part * cos + torch.cat((-second, first), -1) * sin
+    return torch.cat((part.to(x.dtype), x[..., rotated:]), -1)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of ``[..., N]``, rounded once; see `elementwise.swiglu`."""
+    wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    return (wide * torch.sigmoid(wide) * up.to(wide.dtype)).to(gate.dtype)

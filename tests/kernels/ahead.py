@@ -26,6 +26,7 @@ from machine_code import TENSOR_CORE, Code, compile_for, launches
 from sinkprune.kernels import launch, reference, roofline
 from sinkprune.kernels.attention import attention
 from sinkprune.kernels.column_mass import column_mass_
+from sinkprune.kernels.elementwise import rms_norm, rope_qk, swiglu
 from sinkprune.kernels.launch import Tile
 from sinkprune.kernels.sink_update import sink_update_
 
@@ -56,6 +57,7 @@ class Compiled:
     ones: tuple[str, ...]
     warps: int
     tile_copies: int
+    wide_accesses: int
     block_barriers: int
 
 
@@ -75,6 +77,7 @@ def _figures(code: Code, tile: Tile, stride: int) -> dict[str, Any]:
         "ones": code.ones,
         "warps": code.warps,
         "tile_copies": sum(one.count("UTMALDG") for one in code.loops),
+        "wide_accesses": code.wide_accesses,
         "block_barriers": max((one.block_barriers(32 * code.warps) for one in code.loops), default=0),
     }
 
@@ -134,6 +137,35 @@ def compile_tile(kernel: str, arch: int, dtype: str, head_dim: int, variant: str
     return Compiled(kernel, arch, dtype, head_dim, variant, tile, **figures)
 
 
+def elementwise_calls() -> dict[str, tuple[int, Callable[[], object]]]:
+    """Per name, the row's width and a call at LLaDA-8B's sizes; the normed rotation at LLaDA2's."""
+    n, wide, channels = 1024, 4096, 12288
+    x, gain = _empty(1, n, wide, dtype=torch.bfloat16), _empty(wide, dtype=torch.bfloat16)
+    gate = _empty(1, n, channels, dtype=torch.bfloat16)
+    q, k = (_empty(1, n, h, 128, dtype=torch.bfloat16).transpose(1, 2) for h in (32, 4))
+    table, half = _empty(n, 128), _empty(n, 64)
+    norm = _empty(128, dtype=torch.bfloat16)
+    return {
+        "rms_norm": (wide, lambda: rms_norm(x, gain, 1e-5, x)),
+        "rms_norm of heads": (128, lambda: rms_norm(q.transpose(1, 2), norm, 1e-5)),
+        "rope_qk": (128, lambda: rope_qk(q, q, table, table)),
+        "rope_qk of half, normed": (
+            128, lambda: rope_qk(q, k, half, half, q_weight=norm, k_weight=norm)
+        ),
+        "swiglu": (channels, lambda: swiglu(gate, gate)),
+    }  # fmt: skip
+
+
+def compile_elementwise(arch: int) -> Iterator[Compiled]:
+    """The elementwise kernels, each in one pass."""
+    for name, (width, call) in elementwise_calls().items():
+        (first,) = launches(call)
+        rows = first.options.get("ROWS") or first.options.get("BT") or 1
+        tile = Tile(rows, first.options.get("BLOCK") or width, first.options["num_warps"], 3)
+        figures = _figures(compile_for(arch, first), tile, 64)
+        yield Compiled(name, arch, "bf16", width, "elementwise", tile, **figures)
+
+
 def compile_sink_update(arch: int) -> Compiled:
     """The sink update at 4096 keys, with padding and a trace."""
     rows, keys = 1024, 4096
@@ -174,6 +206,7 @@ def quick() -> Iterator[Compiled]:
         tile = tiles(arch, kernel, head_dim)[0]
         yield compile_tile(kernel, arch, "bf16", head_dim, variant, tile)
     yield compile_sink_update(90)
+    yield from compile_elementwise(90)
 
 
 def tiles(arch: int, kernel: str, head_dim: int, bits: str = "16") -> list[Tile]:
@@ -194,6 +227,7 @@ def everything(archs: list[int]) -> Iterator[Compiled]:
                 for tile in tiles(arch, kernel, head_dim, "32"):
                     yield compile_tile(kernel, arch, "fp32", head_dim, "plain", tile)
         yield compile_sink_update(arch)
+        yield from compile_elementwise(arch)
 
 
 def table(compiled: list[Compiled]) -> str:
@@ -220,7 +254,7 @@ def table(compiled: list[Compiled]) -> str:
             t.num_stages,
             max(c.registers for c in same),
             f"{spills} ({spilling})" if spilling else 0,
-            f"{min(c.loop_per_64 for c in same):.0f}" if kernel != "sink_update" else "-",
+            f"{min(c.loop_per_64 for c in same):.0f}" if same[0].tensor_core else "-",
             f"{max(c.shared_bytes for c in same) / 1024:.0f}",
             "yes" if all(c.warpgroup for c in same) else "no",
             min(c.blocks_per_sm for c in same),

@@ -23,7 +23,7 @@ from kernel_cases import SHAPES, Case, make_case
 
 from sinkprune.kernels import attention as attention_module
 from sinkprune.kernels import column_mass as mass_module
-from sinkprune.kernels import reference
+from sinkprune.kernels import elementwise, reference
 from sinkprune.kernels import sink_update as sink_module
 from sinkprune.kernels.launch import Tile
 
@@ -85,12 +85,22 @@ def run_specialised() -> None:
     attention_module.attention(case.q, case.k, case.v, scale=1.0, tile=tile, with_lse=False)
 
 
+def run_elementwise() -> None:
+    """Rows of 37 and heads of 20, 12 of them turned."""
+    x, gain = guarded(torch.randn(5, 37)), guarded(torch.randn(37))
+    elementwise.rms_norm(x, gain, 1e-6, guarded(torch.randn(5, 37)))
+    elementwise.swiglu(x, guarded(torch.randn(5, 37)))
+    q, k = (guarded(torch.randn(2, 33, h, 20)).transpose(1, 2) for h in (5, 2))
+    table, norm = guarded(torch.randn(33, 12)), guarded(torch.randn(20))
+    elementwise.rope_qk(q, k, table, table, q_weight=norm, k_weight=norm)
+
+
 def main() -> None:
     global at_end
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plant", action="store_true")
     arguments = parser.parse_args()
-    attention_module.torch = mass_module.torch = GuardedTorch()  # type: ignore[assignment]
+    attention_module.torch = mass_module.torch = elementwise.torch = GuardedTorch()  # type: ignore[assignment]
     np.seterr(all="ignore")
     if arguments.plant:
         case = make_case(1, 1, 1, 16, 5000, 16)
@@ -103,6 +113,7 @@ def main() -> None:
         for name in shapes if at_end else shapes[:1]:
             run(guard(make_case(**SHAPES[name])), shares=1 + at_end)
         run_specialised()
+        run_elementwise()
         for keys in (17, 2100):
             sink_module.sink_update_(
                 guarded(torch.rand(6, keys)),

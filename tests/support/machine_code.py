@@ -77,6 +77,7 @@ class Code:
     instructions: int
     blocks_per_sm: int
     atomics: int
+    wide_accesses: int  # loads and stores of 16 bytes a thread
     ones: tuple[str, ...]  # arguments whose value of 1 is part of the code
     loops: tuple[Loop, ...]
 
@@ -131,6 +132,7 @@ def compile_for(arch: int, launch: Launch) -> Code:
         instructions=len(lines),
         blocks_per_sm=occupancy(arch, registers, compiled.metadata.shared, warps),
         atomics=len(re.findall(r"\b(?:atom|red)\.", compiled.asm["ptx"])),
+        wide_accesses=sum(bool(re.match(r"(?:LDG|STG)\S*\.128", _name(line))) for line in lines),
         ones=tuple(p.name for p in kernel.params if not p.is_constexpr and constants.get((p.num,)) == 1),
         loops=loops,
     )
