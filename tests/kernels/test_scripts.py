@@ -35,3 +35,16 @@ def test_an_unknown_stage_is_refused():
         ["bash", "benchmarks/gpu_check.sh", "fly"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 64 and "build|test|bench|sanitize" in done.stderr
+
+
+def test_the_host_s_cost_is_measured_without_a_gpu():
+    """Each call gets up to its launch with the driver replaced, and is given a positive time."""
+    script = ROOT / "tests" / "kernels" / "host_cost.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--repeats", "1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    times = {name: float(microseconds) for name, microseconds in rows}
+    assert {"attention", "attention, specialised", "column_mass", "swiglu"} <= times.keys()
+    assert min(times.values()) > 0
