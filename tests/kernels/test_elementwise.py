@@ -11,7 +11,7 @@ from kernel_cases import assert_as_exact
 from reserved_memory import reserve
 
 from sinkprune.kernels import elementwise, reference
-from sinkprune.rotary import rotary_table
+from sinkprune.models.rotary import rotary_table
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
