@@ -4,7 +4,7 @@ A kernel whose warps wait for each other can hang, and a compiler that does not 
 process. So a child process compares it with the plain form and with the specification in float64, within a
 time limit. Until it has agreed, and wherever it does not, the plain form serves. The answer is kept beside
 the tuner's file, for one GPU model, one Triton and one text of the kernel.
-``python -m sinkprune.kernels.probe 0`` asks by hand.
+What the child does is `agreement.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from sinkprune.kernels import launch, reference
-from sinkprune.kernels.launch import Tile
+from sinkprune.kernels import launch
 
 LIMIT_SECONDS = 300
 AGREES, DIFFERS, CANNOT_ASK = 0, 1, 3
@@ -61,7 +59,7 @@ def ask(index: int, limit: float = LIMIT_SECONDS) -> str | None:
     """What speaks against the specialised form on a GPU, from a child process: "" if nothing does, None if
     it could not be asked (no memory left, the device exclusively ours)."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "sinkprune.kernels.probe", str(index)]
+    command = [sys.executable, "-m", "sinkprune.kernels.agreement", str(index)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
     except subprocess.TimeoutExpired:
@@ -74,61 +72,6 @@ def ask(index: int, limit: float = LIMIT_SECONDS) -> str | None:
     if done.returncode == AGREES:
         return ""
     return said if done.returncode == DIFFERS else f"the probe ended with code {done.returncode}: {said}"
-
-
-def disagreement(device: torch.device, *, batch: int = 2, heads: int = 8, length: int = 1000) -> str:
-    """Run every variant of the specialised form on ``device``; what speaks against it first, "" if nothing
-    does: it differs from the specification by more than twice what the plain form does, or from itself when
-    run again."""
-    known, _ = launch.device_family(device)
-    for head, dtype in ((64, torch.float16), (64, torch.bfloat16), (128, torch.bfloat16)):
-        (tile,) = known.tiles["attention_specialised"]["16"][str(head)]
-        plain = known.tiles["attention"]["16"][str(head)][0]
-        whole = -(-length // tile.block_n) * tile.block_n
-        for keys, kv_heads, kept in (
-            (length, 2, False),
-            (whole, heads, False),
-            (length, 2, True),
-            (whole, 1, True),
-        ):
-            q, k, v = (
-                torch.randn(batch, n, h, head, device=device).to(dtype).transpose(1, 2)
-                for n, h in ((length, heads), (keys, kv_heads), (keys, kv_heads))
-            )
-            options: dict[str, Tensor] = {}
-            if kept:
-                options["kept_heads"] = torch.arange(0, heads, 3, device=device)
-                options["kv_head_of"] = torch.arange(heads, device=device).flip(0) % kv_heads
-            against = _compare(q, k, v, tile, plain, options)
-            if against:
-                some = "some" if kept else "all"
-                return f"{dtype} {tuple(q.shape)} against {keys} keys, {some} heads: {against}"
-    return ""
-
-
-def _compare(q: Tensor, k: Tensor, v: Tensor, tile: Tile, plain: Tile, options: dict[str, Tensor]) -> str:
-    from sinkprune.kernels.attention import attention
-
-    scale = q.shape[-1] ** -0.5
-    first, again, other = (
-        attention(q, k, v, scale=scale, tile=choice, **options) for choice in (tile, tile, plain)
-    )
-    exact = reference.attention(q.double(), k.double(), v.double(), **options)
-    for i, part in enumerate(("output", "lse")):
-        error, allowed = _largest(first[i], exact[i]), _largest(other[i], exact[i])
-        if not error <= 2 * allowed + 1e-5:
-            return f"the {part} is off by {error:.1e}, the plain form's by {allowed:.1e}"
-        if not torch.equal(first[i], again[i]):
-            return f"the {part} changes from run to run"
-    return ""
-
-
-def _largest(x: Tensor, exact: Tensor) -> float:
-    """The largest difference from ``exact``; infinity where one has an infinity or NaN and the other not."""
-    finite = torch.isfinite(exact)
-    if not torch.equal(finite, torch.isfinite(x)):
-        return float("inf")
-    return float((x.double() - exact)[finite].abs().max())
 
 
 def answers_path(device_name: str) -> Path:
@@ -162,29 +105,3 @@ def _write(path: Path, answers: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(answers, indent=1) + "\n")
         part.replace(path)
-
-
-def main(index: int) -> int:
-    """Exit code of the child process; it prints what it found."""
-    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-        print(f"there is no CUDA device {index}")
-        return CANNOT_ASK
-    device = torch.device("cuda", index)
-    try:
-        torch.zeros(1, device=device)
-        torch.manual_seed(0)
-    except RuntimeError as error:  # another process may have the device to itself
-        print(str(error).splitlines()[0])
-        return CANNOT_ASK
-    try:
-        with torch.cuda.device(index):
-            against = disagreement(device)
-    except torch.OutOfMemoryError:
-        print("no memory left on the device")
-        return CANNOT_ASK
-    print(against or "the specialised form agrees with the specification")
-    return DIFFERS if against else AGREES
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))

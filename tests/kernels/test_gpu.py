@@ -9,7 +9,7 @@ from kernel_cases import make_case
 
 from sinkprune import ops
 from sinkprune.evidence.sinks import SinkTracker
-from sinkprune.kernels import launch, probe, reference
+from sinkprune.kernels import agreement, launch, probe, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -85,7 +85,7 @@ def test_the_specialised_form_is_taken_where_it_agrees_and_repeats_its_bits():
     device = torch.device("cuda", torch.cuda.current_device())
     if not probe.specialised_works(device):
         pytest.skip("its family has no specialised tiles, or the probe's answer speaks against them")
-    assert probe.disagreement(device, length=1000) == ""
+    assert agreement.disagreement(device, length=1000) == ""
     q, k, v = (torch.randn(2, 16, 4096, 128, device=device, dtype=torch.bfloat16) for _ in range(3))
     tile, _ = launch.attention_tile(q, rows=4096, keys=4096, programs=32, specialised=True)
     assert tile.specialised

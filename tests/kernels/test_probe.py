@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sinkprune.kernels import agreement, launch, probe
 from sinkprune.kernels import attention as attention_module
-from sinkprune.kernels import launch, probe
 from sinkprune.kernels.launch import Tile
 
 
@@ -22,7 +22,7 @@ def hopper(monkeypatch, tmp_path):
 
     def run(command, **options):
         asked.times += 1
-        assert command[1:] == ["-m", "sinkprune.kernels.probe", "0"]
+        assert command[1:] == ["-m", "sinkprune.kernels.agreement", "0"]
         assert "TRITON_INTERPRET" not in options["env"]
         if asked.raises:
             raise asked.raises
@@ -103,7 +103,7 @@ def test_a_cpu_and_a_family_without_such_tiles_are_never_asked(hopper, monkeypat
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_the_child_says_that_there_is_no_device():
     assert probe.ask(0) is None
-    assert probe.main(0) == probe.CANNOT_ASK
+    assert agreement.main(0) == probe.CANNOT_ASK
 
 
 SMALL = {"batch": 1, "heads": 2, "length": 20}
@@ -123,7 +123,7 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU the probe itself does it")
 def test_it_finds_agreement_in_the_interpreter(small_tiles):
-    assert probe.disagreement(torch.device("cpu"), **SMALL) == ""
+    assert agreement.disagreement(torch.device("cpu"), **SMALL) == ""
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="plants faults in the interpreter")
@@ -145,4 +145,4 @@ def test_it_finds_planted_faults(fault, match, small_tiles, monkeypatch):
         fault(out, lse, next(count))
 
     monkeypatch.setattr(attention_module.attention_specialised, "attend", broken)
-    assert match in probe.disagreement(torch.device("cpu"), **SMALL)
+    assert match in agreement.disagreement(torch.device("cpu"), **SMALL)
