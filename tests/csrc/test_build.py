@@ -67,6 +67,39 @@ def test_cuda_is_looked_for_where_cuda_home_says(
         build.cuda_demanded()
 
 
+def test_a_toolkit_of_packages_is_taken_and_libraries_without_a_compiler_are_not(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("SINKPRUNE_CUDA", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    toolkit = tmp_path / "nvidia" / "cu13"
+    for part in ("include/cuda_runtime_api.h", "lib/libcudart_static.a"):
+        (toolkit / part).parent.mkdir(parents=True)
+        (toolkit / part).touch()
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert build.packaged_toolkits() == []  # as torch for CUDA brings it
+    (toolkit / "bin").mkdir()
+    (toolkit / "bin" / "nvcc").touch()
+    assert build.packaged_toolkits() == [toolkit]
+    assert build.find_cuda().home == toolkit
+    assert build.find_cuda().static_runtime() == toolkit / "lib"
+
+
+def test_a_torch_that_is_older_than_the_binary_needs_is_refused_by_its_version(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('its CUDA libraries are not here')\n")
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.11.0+cu130'\n")
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert build.find_torch() == tmp_path / "torch"
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1'\n")
+    with pytest.raises(build.Skip, match=r">= 2\.11 is needed to build it, found 2\.9\.1"):
+        build.find_torch()
+
+
 def test_without_a_compiler_the_build_goes_on_and_says_why(tmp_path: Path) -> None:
     done = setup_py("-q", "build_ext", "--build-lib", str(tmp_path), CXX="/nowhere/c++", SINKPRUNE_CUDA="")
     assert done.returncode == 0, done.stderr
