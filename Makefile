@@ -9,7 +9,7 @@ MODEL ?= tiny
 RUN ?= runs/small
 TORCH ?=
 
-.PHONY: setup demo train-small test matrix study sanitize cuda-build kernels-table lint clean
+.PHONY: setup demo train-small test matrix study sanitize cuda-build aarch64 kernels-table lint clean
 
 setup: $(VENV)/.built
 
@@ -66,6 +66,10 @@ $(VENV)/.cuda: $(VENV)/.packages requirements-cuda.txt
 # TORCH=DIR takes the torch that `pip install --no-deps --target DIR torch==VERSION` put there, not the installed one.
 cuda-build: setup $(VENV)/.cuda
 	SINKPRUNE_CUDA=1 SINKPRUNE_BUILD_TORCH=$(TORCH) $(BIN)/pytest tests/csrc/test_cuda.py
+
+# csrc/ by the cross compiler for aarch64, its vector code run under qemu; says which of the two is missing.
+aarch64: setup
+	SINKPRUNE_AARCH64=1 $(BIN)/pytest tests/csrc/test_vectors.py
 
 # Compile every kernel tile for sm_80, sm_90 and sm_100 and write the tables of docs/kernels.md.
 kernels-table: setup

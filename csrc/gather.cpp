@@ -34,7 +34,7 @@ __attribute__((target("avx2"))) void copy_streaming(char* out, const char* sourc
 }
 #endif
 
-void copy(char* out, const char* source, int64_t bytes, int64_t ahead, bool stream) {
+void copy(char* out, const char* source, int64_t bytes, [[maybe_unused]] int64_t ahead, [[maybe_unused]] bool stream) {
 #if defined(__x86_64__)
   if (stream && bytes >= 128) return copy_streaming(out, source, bytes, ahead);
 #endif
