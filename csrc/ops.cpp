@@ -8,8 +8,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
+#include "bounds.h"
 #include "column_mass.h"
 #include "gather.h"
 
@@ -27,23 +29,6 @@ namespace {
 
 constexpr int64_t kStreamBytes = 4 << 20;  // outputs beyond this do not stay in cache anyway
 
-struct Extent {
-  uintptr_t begin, end;
-  bool overlaps(const Extent& other) const { return begin < other.end && other.begin < end; }
-};
-
-// Bytes a row-major matrix reaches; also where a size that would not fit an address is refused.
-Extent extent_of(const Tensor& t, int64_t rows, int64_t columns, int64_t stride) {
-  const auto start = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  if (rows == 0 || columns == 0) return {start, start};
-  int64_t last = 0, bytes = 0;
-  const bool overflow = __builtin_mul_overflow(rows - 1, stride, &last) ||
-                        __builtin_add_overflow(last, columns, &last) ||
-                        __builtin_mul_overflow(last, static_cast<int64_t>(t.element_size()), &bytes);
-  STD_TORCH_CHECK(!overflow, "gather_: a matrix of ", rows, " rows of ", columns, " elements overflows 64 bits");
-  return {start, start + static_cast<uintptr_t>(bytes)};
-}
-
 struct Matrix {
   int64_t rows, columns, stride;  // elements
 };
@@ -56,7 +41,7 @@ Matrix matrix_of(const Tensor& t, const char* name, size_t index) {
   STD_TORCH_CHECK(columns <= 1 || t.stride(t.dim() - 1) == 1, "gather_: ", name, "[", index,
                   "] must have a contiguous last dimension, got stride ", t.stride(t.dim() - 1));
   if (t.dim() == 1) return {1, columns, columns};
-  return {t.size(0), columns, t.size(0) <= 1 ? columns : t.stride(0)};
+  return {t.size(0), columns, t.size(0) <= 1 || columns == 0 ? columns : t.stride(0)};
 }
 
 Segment segment_of(const Tensor& out, const Tensor& source, const Tensor& ids, int64_t piece, int64_t dim, size_t n) {
@@ -83,17 +68,15 @@ Segment segment_of(const Tensor& out, const Tensor& source, const Tensor& ids, i
   STD_TORCH_CHECK(!__builtin_mul_overflow(ids.numel(), piece, &wanted) && wanted == out_length, "gather_: ",
                   ids.numel(), " pieces of ", piece, " do not fill the ", out_length, " of outs[", n, "]");
   STD_TORCH_CHECK(to.rows <= 1 || to.stride >= to.columns, "gather_: the rows of outs[", n, "] overlap");
-  STD_TORCH_CHECK(!extent_of(out, to.rows, to.columns, to.stride)
-                       .overlaps(extent_of(source, from.rows, from.columns, from.stride)),
-                  "gather_: outs[", n, "] and sources[", n, "] share memory");
   const auto element = static_cast<int64_t>(source.element_size());
   Segment s{};
+  s.count = ids.numel();
+  s.ids = ids.const_data_ptr<int64_t>();
+  s.limit = source_length / piece;
+  if (out.numel() == 0) return s;  // nothing moves, and what is left may be too large to multiply
   s.source = static_cast<const char*>(source.const_data_ptr());
   s.out = static_cast<char*>(out.mutable_data_ptr());
-  s.ids = ids.const_data_ptr<int64_t>();
-  s.count = ids.numel();
   s.piece = along_rows ? piece : piece * element;
-  s.limit = source_length / piece;
   s.rows = to.rows;
   s.width = to.columns * element;
   s.source_stride = from.stride * element;
@@ -111,8 +94,16 @@ std::vector<Segment> segments_of(const std::vector<Tensor>& outs, const std::vec
                   "gather_: the five lists must have one length, got ", n, ", ", sources.size(), ", ", ids.size(), ", ",
                   pieces.size(), ", ", dims.size());
   std::vector<Segment> segments;
+  std::vector<Extent> extents;
   segments.reserve(n);
-  for (size_t i = 0; i < n; ++i) segments.push_back(segment_of(outs[i], sources[i], ids[i], pieces[i], dims[i], i));
+  extents.reserve(3 * n);
+  for (size_t i = 0; i < n; ++i) {
+    segments.push_back(segment_of(outs[i], sources[i], ids[i], pieces[i], dims[i], i));
+    extents.push_back(extent_of(outs[i], true, "gather_", "an out"));
+    extents.push_back(extent_of(sources[i], false, "gather_", "a source"));
+    extents.push_back(extent_of(ids[i], false, "gather_", "a list of ids"));
+  }
+  check_apart(std::move(extents), "gather_");
   return segments;
 }
 
@@ -190,26 +181,25 @@ const T* sample_of(const std::optional<Tensor>& t, int64_t b) {
   return t ? t->const_data_ptr<T>() + b * t->size(1) : nullptr;
 }
 
-constexpr int64_t kKeysAtOnce = 1024;  // sums and widened keys of one call stay in the L2 cache
+struct MassArguments {
+  const Tensor &out, &q, &k, &lse, &heads, &kv_heads;
+  const std::optional<Tensor>&key_valid, &query_valid, &query_block, &key_block;
+};
 
-void column_mass_cpu(Tensor out, const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& heads,
-                     const Tensor& kv_heads, std::optional<Tensor> key_valid, std::optional<Tensor> query_valid,
-                     std::optional<Tensor> query_block, std::optional<Tensor> key_block, double scale, int64_t first,
-                     int64_t step) {
+void check_dtypes_and_shapes(const MassArguments& a) {
+  const auto& [out, q, k, lse, heads, kv_heads, key_valid, query_valid, query_block, key_block] = a;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && lse.dim() == 3 && out.dim() == 3,
                   "column_mass_: q and k must have 4 dimensions, lse and out 3");
   const int64_t batch = q.size(0), num_heads = q.size(1), queries = q.size(2), dim = q.size(3), keys = k.size(2);
-  const Float q_dtype = float_of(q, "q"), k_dtype = float_of(k, "k");
-  STD_TORCH_CHECK(q_dtype == k_dtype, "column_mass_: q and k must have one dtype");
-  STD_TORCH_CHECK(k.size(0) == batch && k.size(3) == dim, "column_mass_: q and k must agree in batch and head size");
-  STD_TORCH_CHECK(dim <= 1 || (q.stride(3) == 1 && k.stride(3) == 1),
-                  "column_mass_: q and k must have a contiguous last dimension");
+  STD_TORCH_CHECK(float_of(q, "q") == float_of(k, "k"), "column_mass_: q and k must have one dtype");
+  STD_TORCH_CHECK(k.size(0) == batch && k.size(3) == dim && dim >= 1,
+                  "column_mass_: q and k must agree in batch and head size, which is at least 1");
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.size(0) == batch && lse.size(1) == num_heads &&
                       lse.size(2) == queries,
                   "column_mass_: lse must be float32 [B, Hq, Lq]");
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.size(0) == batch && out.size(1) == num_heads &&
-                      out.size(2) >= keys && (out.size(2) <= 1 || out.stride(2) == 1),
-                  "column_mass_: out must be float32 [B, Hq, at least Lk] with a contiguous last dimension");
+                      out.size(2) >= keys,
+                  "column_mass_: out must be float32 [B, Hq, at least Lk]");
   STD_TORCH_CHECK(q.is_cpu() && k.is_cpu() && lse.is_cpu() && out.is_cpu() && heads.is_cpu() && kv_heads.is_cpu(),
                   "column_mass_: every tensor must be on the CPU");
   for (const Tensor* ids : {&heads, &kv_heads}) {
@@ -217,21 +207,68 @@ void column_mass_cpu(Tensor out, const Tensor& q, const Tensor& k, const Tensor&
                     "column_mass_: heads and kv_heads must be contiguous int64 vectors");
   }
   STD_TORCH_CHECK(heads.numel() == kv_heads.numel(), "column_mass_: heads and kv_heads must have one length");
-  const int64_t kept = heads.numel();
-  const int64_t *head = heads.const_data_ptr<int64_t>(), *kv_head = kv_heads.const_data_ptr<int64_t>();
-  for (int64_t n = 0; n < kept; ++n) {
-    STD_TORCH_CHECK(head[n] >= 0 && head[n] < num_heads && (n == 0 || head[n] > head[n - 1]),
-                    "column_mass_: heads must be sorted, unique and below ", num_heads);
-    STD_TORCH_CHECK(kv_head[n] >= 0 && kv_head[n] < k.size(1), "column_mass_: kv_heads must be below ", k.size(1));
-  }
   check_per_sample(key_valid, "key_valid", ScalarType::Bool, batch, keys);
   check_per_sample(query_valid, "query_valid", ScalarType::Bool, batch, queries);
   check_per_sample(query_block, "query_block", ScalarType::Int, batch, queries);
   check_per_sample(key_block, "key_block", ScalarType::Int, batch, keys);
   STD_TORCH_CHECK(query_block.has_value() == key_block.has_value(),
                   "column_mass_: query_block and key_block go together");
-  STD_TORCH_CHECK(first >= 0 && step >= 1, "column_mass_: first must be >= 0 and step >= 1");
+}
 
+// Rows that overlap would let a tensor of a few bytes ask for any amount of packed rows, or of work.
+void check_memory(const MassArguments& a) {
+  for (const Tensor* t : {&a.q, &a.k}) {
+    STD_TORCH_CHECK((t->size(3) <= 1 || t->stride(3) == 1) && (t->size(2) <= 1 || t->stride(2) >= t->size(3)),
+                    "column_mass_: q and k must have a contiguous last dimension and rows that do not overlap");
+  }
+  const Tensor& out = a.out;
+  std::vector<Extent> extents{extent_of(out, true, "column_mass_", "out")};
+  const std::pair<const Tensor*, const char*> inputs[] = {
+      {&a.q, "q"}, {&a.k, "k"}, {&a.lse, "lse"}, {&a.heads, "heads"}, {&a.kv_heads, "kv_heads"}};
+  for (const auto& [t, name] : inputs) extents.push_back(extent_of(*t, false, "column_mass_", name));
+  for (const std::optional<Tensor>* t : {&a.key_valid, &a.query_valid, &a.query_block, &a.key_block}) {
+    if (*t) extents.push_back(extent_of(**t, false, "column_mass_", "a mask"));
+  }
+  if (out.numel() > 0) {
+    const int64_t width = out.size(2);
+    int64_t inner = 1, outer = 0;  // heads within samples, or samples within heads
+    if (out.stride(1) > out.stride(0)) std::swap(inner, outer);
+    const bool inner_apart = out.size(inner) <= 1 || out.stride(inner) >= width;
+    const int64_t reach = out.size(inner) <= 1 ? width : out.stride(inner) * (out.size(inner) - 1) + width;
+    const bool outer_apart = out.size(outer) <= 1 || out.stride(outer) >= reach;
+    STD_TORCH_CHECK((width <= 1 || out.stride(2) == 1) && inner_apart && outer_apart,
+                    "column_mass_: out must have a contiguous last dimension and rows that do not overlap");
+  }
+  check_apart(std::move(extents), "column_mass_");
+}
+
+void check_ids(const MassArguments& a) {
+  const int64_t num_heads = a.q.size(1), kv_count = a.k.size(1);
+  const int64_t *head = a.heads.const_data_ptr<int64_t>(), *kv_head = a.kv_heads.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < a.heads.numel(); ++n) {
+    STD_TORCH_CHECK(head[n] >= 0 && head[n] < num_heads && (n == 0 || head[n] > head[n - 1]),
+                    "column_mass_: heads must be sorted, unique and below ", num_heads);
+    STD_TORCH_CHECK(kv_head[n] >= 0 && kv_head[n] < kv_count, "column_mass_: kv_heads must be below ", kv_count);
+  }
+}
+
+constexpr int64_t kKeysAtOnce = 1024;  // sums and widened keys of one call stay in the L2 cache
+
+void column_mass_cpu(Tensor out, const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& heads,
+                     const Tensor& kv_heads, std::optional<Tensor> key_valid, std::optional<Tensor> query_valid,
+                     std::optional<Tensor> query_block, std::optional<Tensor> key_block, double scale, int64_t first,
+                     int64_t step) {
+  const MassArguments arguments{out, q, k, lse, heads, kv_heads, key_valid, query_valid, query_block, key_block};
+  check_dtypes_and_shapes(arguments);
+  check_memory(arguments);
+  check_ids(arguments);
+  STD_TORCH_CHECK(first >= 0 && step >= 1, "column_mass_: first must be >= 0 and step >= 1");
+  if (out.numel() == 0) return;
+
+  const int64_t batch = q.size(0), num_heads = q.size(1), queries = q.size(2), dim = q.size(3), keys = k.size(2);
+  const Float dtype = float_of(q, "q");
+  const int64_t kept = heads.numel();
+  const int64_t *head = heads.const_data_ptr<int64_t>(), *kv_head = kv_heads.const_data_ptr<int64_t>();
   step = std::min(step, std::max<int64_t>(1, queries));  // so that stepping past the end can't overflow
   const int64_t width = out.size(2);
   float* mass = out.mutable_data_ptr<float>();
@@ -257,10 +294,10 @@ void column_mass_cpu(Tensor out, const Tensor& q, const Tensor& k, const Tensor&
       if (packed != task / chunks) {
         packed = task / chunks;
         const float* shift = lse.const_data_ptr<float>() + b * lse.stride(0) + head[n] * lse.stride(1);
-        pack_queries(panels, rows_of(q, q_dtype, b, head[n]), dim, queries, first, step, shift, lse.stride(2),
+        pack_queries(panels, rows_of(q, dtype, b, head[n]), dim, queries, first, step, shift, lse.stride(2),
                      sample_of<bool>(query_valid, b), sample_of<int32_t>(query_block, b));
       }
-      Rows rows = rows_of(k, k_dtype, b, kv_head[n]);
+      Rows rows = rows_of(k, dtype, b, kv_head[n]);
       rows.data += start * rows.stride;
       const bool* valid = sample_of<bool>(key_valid, b);
       const int32_t* block = sample_of<int32_t>(key_block, b);
