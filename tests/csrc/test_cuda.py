@@ -85,7 +85,7 @@ def test_the_extension_holds_every_kernel_for_every_architecture_without_spills(
 @needs_nvcc
 def test_the_extension_with_its_cuda_part_loads_without_a_cuda_runtime_and_serves_cuda(built: Path) -> None:
     check = (
-        "from sinkprune import native\n"
+        "from sinkprune.ops import native\n"
         "assert native.available(), native.why_not()\n"
         "assert native.serves('cuda'), native.build_info()\n"
         "info = native.build_info()\n"
