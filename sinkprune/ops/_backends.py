@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sinkprune.kernels import reference
 from sinkprune.ops import _pytorch
+from sinkprune.ops._checks import check_sink_update
 
 BACKENDS = ("auto", "reference", "sdpa", "native", "triton")
 LARGEST_HEAD = 256
@@ -213,11 +214,12 @@ def _sink_update_(
     trace_mass: Tensor,
     backend: str,
 ) -> None:
+    check_sink_update(mass, state, sample_of, key_padding_mask, num_keys, trace_positions, trace_mass)
     refused = _triton_refuses(mass, 1.0)
     if backend == "auto":
         backend = "triton" if mass.is_cuda and not refused else "reference"
-    elif backend == "triton":
-        refuse_unknown(backend, refused)
+    elif backend != "reference":
+        refuse_unknown(backend, refused if backend == "triton" else f"{backend} has no sink update")
     if backend == "triton":
         from sinkprune.kernels.sink_update import sink_update_
 

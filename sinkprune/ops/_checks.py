@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sinkprune.kernels import reference
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Index = Sequence[int] | Tensor
 
@@ -138,6 +140,70 @@ def check_mass_out(out: Tensor, q: Tensor, lk: int) -> None:
         raise ValueError(f"out must be on q's device ({q.device}), got {out.device}")
     if out.shape[2] > 1 and out.stride(2) != 1:
         raise ValueError(f"out must be contiguous in its last dimension, got strides {out.stride()}")
+
+
+def check_sink_update(
+    mass: Tensor,
+    state: Tensor,
+    sample_of: Tensor,
+    key_padding_mask: Tensor | None,
+    num_keys: int,
+    trace_positions: Tensor,
+    trace_mass: Tensor,
+) -> None:
+    """Everything `sink_update` will read or write, before the first write: the kernels take addresses."""
+    for name, x in (("mass", mass), ("state", state), ("trace_positions", trace_positions)):
+        if not isinstance(x, Tensor) or not x.dim():  # an op hands on None where its schema says Tensor
+            raise TypeError(f"{name} must be a tensor with two dimensions, got {x}")
+    rows, steps = state.shape[0], trace_positions.shape[0]
+    shapes = {
+        "mass": (mass, torch.float32, (rows, None)),
+        "state": (state, torch.float32, (rows, reference.STATE_WIDTH)),
+        "sample_of": (sample_of, torch.int32, (rows,)),
+        "trace_positions": (trace_positions, torch.int32, (steps, rows)),
+        "trace_mass": (trace_mass, torch.float32, (steps, rows)),
+    }
+    if key_padding_mask is not None:
+        shapes["key_padding_mask"] = (key_padding_mask, torch.bool, (None, None))
+    for name, (x, dtype, shape) in shapes.items():
+        if not isinstance(x, Tensor) or x.dtype != dtype:
+            raise TypeError(f"{name} must be a tensor of {dtype}, got {getattr(x, 'dtype', x)}")
+        if x.device != mass.device:
+            raise ValueError(f"{name} must be on mass's device ({mass.device}), got {x.device}")
+        if x.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, x.shape, strict=True)):
+            expected = ", ".join("any" if n is None else str(n) for n in shape)
+            raise ValueError(f"{name} must have shape [{expected}], got {tuple(x.shape)}")
+        if name in ("mass", "key_padding_mask"):
+            if x.shape[1] > 1 and x.stride(1) != 1:
+                raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
+        elif not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+        _check_storage(name, x)
+    keys = mass.shape[1] if key_padding_mask is None else min(mass.shape[1], key_padding_mask.shape[1])
+    if not 0 <= num_keys <= keys:
+        raise ValueError(f"num_keys must lie within 0..{keys}, got {num_keys}")
+    if mass.device.type != "cpu" or rows == 0:
+        return
+    if key_padding_mask is not None:
+        low, high = (int(x) for x in sample_of.aminmax())
+        if low < 0 or high >= key_padding_mask.shape[0]:
+            raise ValueError(
+                f"sample_of must lie within 0..{key_padding_mask.shape[0] - 1}, got {low}..{high}"
+            )
+    if steps and not bool(((counted := state[:, reference.STEPS]) >= 0).all() and counted.isfinite().all()):
+        raise ValueError(
+            f"state must count its steps in column {reference.STEPS}, got {counted.tolist()[:8]}"
+        )
+
+
+def _check_storage(name: str, x: Tensor) -> None:
+    """A storage can shrink under a tensor; what reads by address would not notice."""
+    if not x.numel():
+        return
+    last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    held = x.untyped_storage().nbytes()
+    if (last + 1) * x.element_size() > held:
+        raise ValueError(f"{name} reaches byte {(last + 1) * x.element_size()} of a storage of {held}")
 
 
 def _index_tensor(name: str, index: Index, device: torch.device) -> Tensor:
