@@ -1,0 +1,88 @@
+"""A Python interpreter's command line on the pretend device, with the project's scripts at toy size.
+
+    rehearsal.py [-P] -c CODE | -m MODULE ARGUMENTS | SCRIPT ARGUMENTS
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+TINY = {"d_model": 64, "n_heads": 4, "n_layers": 2, "mlp_hidden_size": 96, "vocab_size": 80}
+
+
+def main(arguments: list[str]) -> None:
+    if arguments and arguments[0] == "-P":
+        del arguments[0]
+    if arguments[:2] == ["-m", "pip"]:
+        return pip(arguments[2:])
+    sys.path[:1] = [str(HERE.parent), str(ROOT)]
+    sys.executable = str(HERE / "python")
+    import pretend
+
+    pretend.install()
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        script = Path(arguments[0]).resolve()
+        sys.argv = [str(script), *arguments[1:]]
+        sys.path.insert(0, str(script.parent))
+        run(script)
+    return None
+
+
+def pip(arguments: list[str]) -> None:
+    """An install that would need the network fails, as where there is none; what it would build is not built here."""
+    if "--no-index" not in arguments or "--no-build-isolation" not in arguments:
+        sys.exit(f"pip would ask an index, and there is no network: {' '.join(arguments)}")
+    print("pretended: pip", *arguments)
+
+
+def run(script: Path) -> None:
+    """The script's ``main`` with its sizes made small."""
+    spec = importlib.util.spec_from_file_location(f"rehearsed_{script.stem}", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    SMALL.get(script.name, lambda module: None)(module)
+    code = module.main()
+    if code:
+        sys.exit(code)
+
+
+def small_kernels(module: Any) -> None:
+    module.MODELS = {"LLaDA-8B": (4, 4, 16), "Dream-7B": (4, 2, 16)}
+    module.LENGTHS = module.QUICK_LENGTHS = (40,)
+
+
+def small_latency(module: Any) -> None:
+    for name, sizes in module.SHAPES.items():
+        module.SHAPES[name] = {**TINY, **({"n_kv_heads": 2} if "n_kv_heads" in sizes else {})}
+    module.LENGTH, module.LENGTHS = 16, (16,)
+
+
+def small_repack(module: Any) -> None:
+    module.LAYERS = module.QUICK_LAYERS
+
+
+SMALL: dict[str, Callable[[Any], None]] = {
+    "kernels.py": small_kernels,
+    "latency.py": small_latency,
+    "repack.py": small_repack,
+}
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(sys.argv[1:])
