@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.models.marks import plan_of
@@ -22,13 +24,43 @@ Capture = Callable[[Step], tuple[Callable[[], object], Tensor]]
 
 
 class _Recorded(NamedTuple):
-    """One graph with its buffers: ids and mask ``[B, bucket]``."""
+    """One graph with its buffers: ids and mask ``[B, bucket]``; ``reads`` keeps what else it reads alive."""
 
     ids: Tensor
     valid: Tensor | None
     replay: Callable[[], object]
     logits: Tensor
-    tables: object  # RoPE's, which the graph reads by address; the model may replace its own
+    reads: list[Tensor]
+
+
+class _Reads(TorchDispatchMode):
+    """Collects the tensors that a step reads and did not make, less ``known`` storages (the weights).
+
+    A model may put a longer RoPE table in the place of one whose address a graph holds.
+    """
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known, self._made = known, set[int]()
+        self.tensors: dict[int, Tensor] = {}
+
+    def __enter__(self) -> _Reads:
+        self._made.clear()
+        self.tensors.clear()
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()._cdata
+                if storage not in self.known and storage not in self._made:
+                    self.tensors[storage] = x
+        result = func(*args, **kwargs)
+        made = (x.untyped_storage()._cdata for x in tree_leaves(result) if isinstance(x, Tensor))
+        self._made.update(storage for storage in made if storage not in self.tensors)
+        return result
 
 
 class StepGraph:
@@ -69,7 +101,8 @@ class StepGraph:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
     ) -> Tensor:
-        """Logits ``[B, R, V]`` of ``rows``, in a buffer that the next call with this shape overwrites.
+        """Logits ``[B, R, V]`` of ``rows``, in a buffer that the next call overwrites, whatever its shape: graphs
+        share their memory.
 
         Raises:
             ValueError: an observer is attached (``track``): its statistics would be recorded as one step's.
@@ -116,13 +149,20 @@ class StepGraph:
             ids = input_ids.new_zeros(batch, padded)
             valid = torch.ones(batch, padded, dtype=torch.int64, device=ids.device) if masked else None
             self._fill(ids, valid, input_ids, attention_mask)
+            weights = self.adapter.model.parameters()
+            reads = _Reads({weight.untyped_storage()._cdata for weight in weights})
+
+            def step() -> Tensor:
+                with reads:
+                    return self.adapter.predict(ids, valid, rows)
+
             try:
-                replay, logits = capture(lambda: self.adapter.predict(ids, valid, rows))
+                replay, logits = capture(step)
             except RuntimeError as error:
                 reason = " ".join(str(error).split())[:200]
                 advice = "this model's step can't be recorded, run without graphs"
                 raise RuntimeError(f"{advice}: {reason}") from error
-        return _Recorded(ids, valid, replay, logits, getattr(self.adapter.model, "_rotary", None))
+        return _Recorded(ids, valid, replay, logits, list(reads.tensors.values()))
 
     @staticmethod
     def _fill(ids: Tensor, valid: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None) -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def q():
-    return torch.randn(1, 300, 8, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    return torch.randn(1, 100, 8, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
 
 
 def step(q, kept, offset, tracker):
@@ -37,11 +37,11 @@ def test_a_whole_step_is_captured_and_replays_with_the_offset_moved(q):
         out = step(q, kept, offset, tracker)
         offset += 1
     tracker.reset()
-    for i in range(20):
+    for i in range(8):
         graph.replay()
         expected = step(q, kept, torch.tensor([i], device="cuda"), apart)
         assert torch.equal(out, expected) and torch.equal(tracker.mass[0], apart.mass[0])
-    assert int(tracker.result().steps) == 20
+    assert int(tracker.result().steps) == 8
     torch.testing.assert_close(tracker.result().position.variance, apart.result().position.variance)
 
 
@@ -71,8 +71,8 @@ def test_the_same_bits_from_run_to_run(length):
 
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_the_fused_kernels_log_sum_exp_is_ours(kv_heads):
-    q = torch.randn(2, 8, 333, 128, device="cuda", dtype=torch.bfloat16)
-    k = torch.randn(2, kv_heads, 500, 128, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(1, 8, 133, 128, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(1, kv_heads, 200, 128, device="cuda", dtype=torch.bfloat16)
     out, lse = ops.attention(q, k, k, backend="sdpa")
     ours, our_lse = ops.attention(q, k, k, backend="triton")
     torch.testing.assert_close(lse, our_lse, atol=2e-3, rtol=1e-3)
