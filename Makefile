@@ -49,6 +49,12 @@ engines: setup
 	.engines/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # builds for another torch
 	$(BIN)/python tests/engines.py $(CURDIR)/.engines/bin/python
 
+# The first GPU run on a pretend device: all stages of benchmarks/gpu_check.sh and all GPU tests that have a size for it.
+rehearse: setup
+	$(BIN)/pytest tests/rehearsal
+	PYTHON=tests/support/pretend/python REAL_PYTHON=$(BIN)/python OMP_NUM_THREADS=1 benchmarks/gpu_check.sh --budget 20m \
+	  --state build/rehearsal/state --out build/rehearsal
+
 # Measure every criterion, the claims and weight-level pruning, and write docs/study.md (resumable).
 study: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-study.txt

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ MODELS = {"LLaDA-8B": (32, 32, 128), "Dream-7B": (28, 4, 128)}
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK_LENGTHS = (1024, 4096)
 TILE_ROWS = 128
+ROUNDS, QUICK_ROUNDS = 60, 20
+GRAPH_CALLS = 10
 
 
 @dataclass
@@ -75,7 +78,21 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         document = asdict(self)
         document["targets"] = [{**asdict(t), "met": t.met} for t in self.targets]
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(document, indent=1) + "\n")
+        part.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Take over what an unfinished run in the same environment timed."""
+        try:
+            before = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return
+        if before["environment"] == json.loads(json.dumps(self.environment)):
+            timings = before["timings"].items()
+            self.timings = {name: {v: Timing(**t) for v, t in timed.items()} for name, timed in timings}
+            self.targets = [Target(**{k: v for k, v in t.items() if k != "met"}) for t in before["targets"]]
+            self.skipped = before["skipped"]
 
 
 def measure(
@@ -104,7 +121,7 @@ def measure(
 
 
 def _prepared(call: Callable[[], object]) -> tuple[Callable[[], object], int]:
-    """The call after warm-up; a short one as a CUDA graph of ten, so that Python is not what is timed."""
+    """The call after warm-up; a short one as a CUDA graph of some, so that Python is not what is timed."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -117,9 +134,9 @@ def _prepared(call: Callable[[], object]) -> tuple[Callable[[], object], int]:
         return call, 1
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(10):
+        for _ in range(GRAPH_CALLS):
             call()
-    return graph.replay, 10
+    return graph.replay, GRAPH_CALLS
 
 
 def _summary(seen: list[float]) -> Timing:
@@ -352,6 +369,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for kernels.json")
     parser.add_argument("--quick", action="store_true", help="two lengths, fewer rounds")
+    parser.add_argument("--resume", action="store_true", help="go on where a run into --out was cut short")
     parser.add_argument("--only", default="dense,skip,mass,update,ragged", help="comma-separated parts")
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
@@ -362,19 +380,20 @@ def main() -> None:
         print("benchmarks/kernels.py: needs a CUDA device, and there is none", file=sys.stderr)
         sys.exit(2)
     results, path = Results(environment()), arguments.out / "kernels.json"
-    rounds = 20 if arguments.quick else 60
+    if arguments.resume:
+        results.resume(path)
+    rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
+    works: list[tuple[str, str, Callable[[], None]]] = []
     for n in QUICK_LENGTHS if arguments.quick else LENGTHS:
         for model in MODELS:
             for part, run in (("dense", dense), ("skip", skip), ("mass", mass)):
-                if part in parts:
-                    run(results, model, n, rounds)
-                    results.write(path)
-        if "ragged" in parts:
-            ragged(results, n, rounds)
+                works.append((part, f"{part} {model} N={n}", partial(run, results, model, n, rounds)))
+        works.append(("ragged", f"ragged N={n}", partial(ragged, results, n, rounds)))
+    works.append(("update", "sink_update 32x32x4096", partial(update, results, rounds)))
+    for part, name, work in works:
+        if part in parts and name not in results.timings:
+            work()
             results.write(path)
-    if "update" in parts:
-        update(results, rounds)
-        results.write(path)
     missed = [t for t in results.targets if not t.met]
     print(f"{len(results.targets) - len(missed)} of {len(results.targets)} targets met; {path}")
 

@@ -6,15 +6,18 @@
     python benchmarks/latency.py --device cuda --shape LLaDA-8B --length 2048 --batch 1 --steps 32 --out new
 
 Every group of variants is timed turn by turn in one process; a row quotes medians, ratios are medians over
-rounds. If a group's own correctness check fails, no speed is printed. Writes latency.json, latency.csv and
-latency.png. A case that a GPU has no room for is left out, with a line; asked for alone, it is an error.
+rounds. If a group's own correctness check fails, no speed is printed. Writes latency.json after every group,
+latency.csv and latency.png at the end; ``--resume`` goes on with what is there. A case that a GPU has no room
+for is left out, with a line; asked for alone, it is an error. On CUDA times are of device events, kernels as
+graphs of 20 calls, one pruned model at a time beside the dense ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +26,8 @@ from speed.latency_groups import (
     SHAPES,
     Case,
     CheckFailed,
-    Variant,
+    Done,
+    Groups,
     elementwise_groups,
     geometry_of,
     kernel_groups,
@@ -31,7 +35,7 @@ from speed.latency_groups import (
     needed_bytes,
     random_model,
 )
-from speed.latency_rows import Row, compare, table, time_group, write
+from speed.latency_rows import Document, compare, table, time_group
 from tqdm import tqdm
 
 import sinkprune as sp
@@ -40,8 +44,7 @@ from sinkprune.planning.hardware import Roofs, roofs
 from sinkprune.plans import LayerPlan
 
 __all__ = ["SHAPES", "Case", "cases", "main", "random_model"]
-Groups = Callable[[Case, str], Iterator[tuple[str, list[Variant]]]]
-LEVELS: dict[str, Groups] = {
+LEVELS: dict[str, Callable[[Case, str, Done], Groups]] = {
     "kernel": kernel_groups,
     "model": model_groups,
     "elementwise": elementwise_groups,
@@ -128,16 +131,35 @@ def announce(case: Case, known: Roofs) -> str:
 
 
 @torch.inference_mode()
-def run(options: argparse.Namespace, chosen: list[Case], known: Roofs) -> list[Row]:
-    rows: list[Row] = []
+def run(options: argparse.Namespace, chosen: list[Case], document: Document) -> None:
+    """Time every group that is not there yet, writing after each; a level without room is noted and left."""
     for case in chosen:
-        print(announce(case, known), file=sys.stderr)
+        print(announce(case, document.roofs), file=sys.stderr)
         with tqdm(desc=f"{case.shape} {case.batch} x {case.length}", unit="group") as bar:
             for level in options.level or ("kernel", "model"):
-                for bench, variants in LEVELS[level](case, options.device):
-                    rows += time_group(bench, variants, case, options.device, known)
-                    bar.update()
-    return rows
+                try:
+                    time_level(level, case, options, document, bar.update)
+                except torch.cuda.OutOfMemoryError as error:
+                    why = " ".join(str(error).split())[:200]
+                    lost = {"shape": case.shape, "batch": case.batch, "length": case.length, "level": level}
+                    document.failures.append({**lost, "error": why})
+                    print(f"latency.py: no room for {lost}: {why}", file=sys.stderr)
+                    document.write(options.out)
+                if options.device == "cuda":
+                    gc.collect()
+                    torch.cuda.empty_cache()
+    document.complete = True
+
+
+def time_level(
+    level: str, case: Case, options: argparse.Namespace, document: Document, tick: Callable[[], object]
+) -> None:
+    for bench, variants in LEVELS[level](case, options.device, document.done(case)):
+        if not all((bench, variant.name) in document.done(case) for variant in variants):
+            document.add(time_group(bench, variants, case, options.device, document.roofs))
+            document.write(options.out)
+        variants.clear()  # the next group's models come into being while this name is held
+        tick()
 
 
 def main() -> int:
@@ -148,6 +170,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default=best)
     parser.add_argument("--quick", action="store_true", help="few shapes, under three minutes on two cores")
     parser.add_argument("--out", required=True, type=Path, help="folder of the results")
+    parser.add_argument("--resume", action="store_true", help="go on where a run into --out was cut short")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print how ratios changed since")
     parser.add_argument("--level", action="append", choices=list(LEVELS), help="default: kernel and model")
     parser.add_argument("--shape", choices=list(SHAPES), help="time this shape alone, as the next four say")
@@ -161,13 +184,18 @@ def main() -> int:
     if options.compare and not options.compare.is_file():
         fail(f"--compare {options.compare} is not a file")
     chosen = chosen_cases(options)
-    known = roofs(options.device, again=True)  # of this run, whatever the disk remembers
-    try:
-        rows = run(options, chosen, known)
-    except CheckFailed as error:
-        fail(f"correctness check failed, no speed is reported: {error}", 1)
     command = " ".join(["python benchmarks/latency.py", *sys.argv[1:]])
-    write(options.out, rows, options.device, command, known)
+    known = roofs(options.device, again=True)  # of this run, whatever the disk remembers
+    document = Document(command, options.device, known, [], [])
+    if options.resume:
+        document.resume(options.out)
+    try:
+        run(options, chosen, document)
+    except CheckFailed as error:
+        (options.out / "latency.json").unlink(missing_ok=True)
+        fail(f"correctness check failed, no speed is reported: {error}", 1)
+    document.write(options.out)
+    rows = document.rows
     print(table(rows))
     if options.compare:
         print("\n".join(compare(rows, options.compare)))

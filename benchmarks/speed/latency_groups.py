@@ -50,6 +50,9 @@ class Case:
         return self.length - self.length // 2
 
 
+Done = frozenset[tuple[str, str]] | set[tuple[str, str]]
+
+
 class CheckFailed(RuntimeError):
     """A group's variants do not compute the same thing: no speed is reported."""
 
@@ -64,6 +67,11 @@ class Variant:
     operations: list[Operation]
     times: int = 1
     compiled: bool = False  # its memory can't be followed operation by operation
+    calls: int = 1  # how often one ``run`` does the work: a kernel's graph holds several
+    backend: str = ""  # of its attention
+
+
+Groups = Iterator[tuple[str, list[Variant]]]
 
 
 def config_of(shape: str) -> LLaDAConfig:
@@ -76,19 +84,20 @@ def geometry_of(shape: str) -> Geometry:
 
 
 def needed_bytes(case: Case) -> int:
-    """Bytes of a case: the dense model, its fused and pruned copies side by side with a graph's buffers each,
-    and the public sampler's float64 probabilities of every position."""
+    """Bytes of a case on CUDA at its largest: the dense model, beside it its fused form and one pruned one
+    (two where a generation is timed) with a graph's buffers each, and the public sampler's float64
+    probabilities of every position."""
     geometry = geometry_of(case.shape)
     size, rows = case.dtype.itemsize, case.batch * case.length
-    blocks = sum(
+    blocks = size * sum(
         block_parameters(geometry, *layer_sizes(geometry, layer, None))
         for layer in range(geometry.num_layers)
     )
-    copies = size * blocks * sum(1 - removed for removed in (0.0, *REMOVED))
     needed = sp.memory(geometry, None, case.batch, case.length, case.dtype)
+    once = needed.activations + needed.logits
     public = rows * geometry.vocabulary * (size + 2 * 8)
-    graphs = (1 + len(REMOVED)) * (needed.activations + needed.logits)
-    return round(needed.weights + copies + graphs + max(needed.activations, public))
+    copies = 1 + (1 + (1 - 0.38) if case.steps else 1 - REMOVED[0] / 2)
+    return round(needed.weights + blocks * copies + 3 * once + max(once, public))
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype) -> LLaDA:
@@ -105,10 +114,12 @@ def random_model(shape: str, device: str, dtype: torch.dtype) -> LLaDA:
     return model
 
 
-def pruned_models(model: LLaDA, targets: tuple[str, ...]) -> Iterator[tuple[str, float, LLaDA, sp.PrunePlan]]:
+def pruned_models(
+    model: LLaDA, targets: tuple[str, ...], shares: tuple[float, ...] = (0.0, *REMOVED)
+) -> Iterator[tuple[str, float, LLaDA, sp.PrunePlan]]:
     """The fused dense model and its pruned forms; heads drawn from a seed, the same share of each layer."""
     kind = "+".join(targets)
-    for removed in (0.0, *REMOVED):
+    for removed in shares:
         unit = {"unit": "parameters", "targets": targets} if "mlp" in targets else {"unit": "heads"}
         plan = sp.plan(model, criterion="random", ratio=removed, allocation="uniform", **unit)
         compact = _share(model)
@@ -124,41 +135,76 @@ def _share(model: LLaDA) -> LLaDA:
     return other.eval().requires_grad_(False)
 
 
-def model_groups(case: Case, device: str) -> Iterator[tuple[str, list[Variant]]]:
-    """Layer, block, step and generation, for heads and for heads + MLP."""
-    batch, length = case.batch, case.length
+def model_groups(case: Case, device: str, done: Done = frozenset()) -> Groups:
+    """Layer, block, step and generation, for heads and for heads + MLP.
+
+    On CUDA one pruned model at a time lies beside the dense and the fused one, however large the card; eager
+    steps and replayed graphs are groups of their own. What is ``done``, (bench, variant), is not built again.
+    """
     model = random_model(case.shape, device, case.dtype)
-    geometry = sp.adapter_for(model).geometry()
-    hidden = torch.randn(batch, length, geometry.hidden, device=device, dtype=case.dtype)
-    ids = torch.randint(2, geometry.vocabulary, (batch, length), device=device)
-    cos, sin = model.rotary(length, torch.device(device))
-    mid, fused = geometry.num_layers // 2, model
+    cuda = device == "cuda"
+    ids = torch.randint(2, model.config.vocabulary_rows, (case.batch, case.length), device=device)
     for targets in (("heads",), ("heads", "mlp")):
-        groups: dict[str, list[Variant]] = {"layer": [], "block": [], "step": []}
-        for name, removed, compact, plan in pruned_models(model, targets):
-            check_same(compact, model, plan, ids[:1, : min(length, 64)])
-            block = compact.blocks[mid]
-            heads, kv_heads, channels = layer_sizes(geometry, mid, plan.layers[mid])
-            layer = attention_operations(geometry, heads, kv_heads, batch, length)
-            feed = mlp_operations(geometry, channels, batch, length)
-            step = step_operations(geometry, plan, batch, length)
-            groups["layer"].append(Variant(name, removed, _layer(block.attention, hidden, cos, sin), layer))
-            groups["block"].append(Variant(name, removed, _layer(block, hidden, cos, sin), layer + feed))
-            groups["step"].append(Variant(name, removed, _step(compact, ids), step))
-            fused = compact if removed == 0 else fused
-            if device == "cuda":
-                replayed = _graph(compact, ids)
-                groups["step"].append(Variant(f"{name}, graph", removed, replayed, step, compiled=True))
-        if targets == ("heads",):
-            full = step_operations(geometry, None, batch, length)
-            groups["step"].append(Variant("as users run it", 0.0, _user_step(model, ids), full))
-        if targets == ("heads", "mlp"):
-            del groups["layer"]
-            yield "step (head rows)", head_variants(fused, case, geometry, ids)
-        for bench, variants in groups.items():
-            yield f"{bench} ({'+'.join(targets)})", variants
-    if case.steps:
+        kind = "+".join(targets)
+        ((_, _, fused, none),) = pruned_models(model, targets, (0.0,))
+        if cuda:
+            for removed in REMOVED:
+                benches = ("layer", "block", "step", "step, graph")[1 if "mlp" in targets else 0 :]
+                if not all((f"{b} ({kind})", f"{kind} -{100 * removed:g}%") in done for b in benches):
+                    ((*_, compact, plan),) = pruned_models(model, targets, (removed,))
+                    pair = [(0.0, fused, none), (removed, compact, plan)]
+                    del compact
+                    yield from _model_variants(case, device, model, kind, pair, ids)
+                    del pair
+        else:
+            every = [(removed, m, plan) for _, removed, m, plan in pruned_models(model, targets, REMOVED)]
+            yield from _model_variants(case, device, model, kind, [(0.0, fused, none), *every], ids)
+            del every
+        if "mlp" in targets and ("step (head rows)", f"{case.length} rows") not in done:
+            yield "step (head rows)", head_variants(fused, case, sp.adapter_for(model).geometry(), ids)
+        del fused
+    if case.steps and ("generation", "as users run it") not in done:
         yield "generation", generation_variants(model, case)
+
+
+def _model_variants(
+    case: Case,
+    device: str,
+    model: LLaDA,
+    kind: str,
+    pruned: list[tuple[float, LLaDA, sp.PrunePlan]],
+    ids: Tensor,
+) -> Groups:
+    """The groups of some models, the fused dense one first."""
+    batch, length = case.batch, case.length
+    geometry = sp.adapter_for(model).geometry()
+    mid = geometry.num_layers // 2
+    hidden = torch.randn(batch, length, geometry.hidden, device=device, dtype=case.dtype)
+    cos, sin = model.rotary(length, torch.device(device))
+    graphs: list[Variant] = []
+    groups: dict[str, list[Variant]] = {"layer": [], "block": [], "step": []}
+    for removed, compact, plan in pruned:
+        name = f"{kind} -{100 * removed:g}%" if removed else "dense, fused"
+        check_same(compact, model, plan, ids[:1, : min(length, 64)])
+        block = compact.blocks[mid]
+        heads, kv_heads, channels = layer_sizes(geometry, mid, plan.layers[mid])
+        layer = attention_operations(geometry, heads, kv_heads, batch, length)
+        feed = mlp_operations(geometry, channels, batch, length)
+        step = step_operations(geometry, plan, batch, length)
+        groups["layer"].append(Variant(name, removed, _layer(block.attention, hidden, cos, sin), layer))
+        groups["block"].append(Variant(name, removed, _layer(block, hidden, cos, sin), layer + feed))
+        groups["step"].append(Variant(name, removed, _step(compact, ids), step))
+        if device == "cuda":
+            graphs.append(Variant(name, removed, _graph(compact, ids), step, compiled=True))
+    if kind == "heads":
+        full = step_operations(geometry, None, batch, length)
+        groups["step"].append(Variant("as users run it", 0.0, _user_step(model, ids), full))
+    else:
+        del groups["layer"]
+    for bench, variants in groups.items():
+        yield f"{bench} ({kind})", variants
+    if graphs:
+        yield f"step, graph ({kind})", graphs
 
 
 def head_variants(model: LLaDA, case: Case, geometry: Geometry, ids: Tensor) -> list[Variant]:
@@ -250,9 +296,8 @@ def generation_variants(model: LLaDA, case: Case) -> list[Variant]:
     variants = []
     fused = model
     for targets in (("heads",), ("heads", "mlp")):
-        for name, removed, compact, plan in pruned_models(model, targets):
-            if removed in (0.25, 0.5) or (removed == 0 and targets == ("heads", "mlp")):
-                continue
+        shares = (0.0, 0.38) if targets == ("heads",) else (0.38,)
+        for name, removed, compact, plan in pruned_models(model, targets, shares):
             if removed == 0:
                 fused = compact
             variants.append(Variant(name, removed, lean(compact), work(plan, rows), steps))
@@ -271,11 +316,14 @@ def generation_variants(model: LLaDA, case: Case) -> list[Variant]:
     ]
 
 
-def kernel_groups(case: Case, device: str) -> Iterator[tuple[str, list[Variant]]]:
+def kernel_groups(case: Case, device: str, done: Done = frozenset()) -> Groups:
     """Attention of the kept heads, and what the statistics add, on one layer's tensors.
 
-    On CUDA they are timed as replayed graphs: they take less time than Python takes to launch them.
+    On CUDA a graph of ``REPLAYS`` calls is timed: one takes less time than Python takes to launch it. Beside
+    our kernel stands what PyTorch alone can do: gather the kept heads, then its fused attention.
     """
+    if ("kernel: statistics", "with exact mass") in done:
+        return
     config, batch, length = SHAPES[case.shape], case.batch, case.length
     heads, kv_heads = config["n_heads"], config.get("n_kv_heads", config["n_heads"])
     dim = config["d_model"] // heads
@@ -296,9 +344,15 @@ def kernel_groups(case: Case, device: str) -> Iterator[tuple[str, list[Variant]]
         if not torch.allclose(out.float(), reference[:, kept].float(), atol=limit):
             raise CheckFailed(f"attention of {len(kept)} of {heads} heads differs from the reference")
         name = "dense" if not removed else f"heads -{100 * removed:g}%"
-        variants.append(
-            Variant(name, removed, _replayed(_attention(q, k, v, index), device), core(len(kept)))
-        )
+        for backend in ("auto", "sdpa") if removed and device == "cuda" else ("auto",):
+            run = _attention(q, k, v, index, backend)
+            if backend == "auto":
+                taken = sp.ops.attention_backend(q, irregular=bool(removed))
+                variants.append(_kernel(name, removed, run, core(len(kept)), device, taken))
+            else:
+                apart = _kernel(f"{name}, gather + SDPA", removed, run, core(len(kept)), device, "sdpa")
+                variants.append(apart)
+    dense = variants[0]
     yield "kernel: attention", variants
 
     exact = sp.ops.column_mass(q, k, lse)
@@ -309,22 +363,47 @@ def kernel_groups(case: Case, device: str) -> Iterator[tuple[str, list[Variant]]
     yield (
         "kernel: statistics",
         [
-            variants[0],
-            Variant("with exact mass", 0.0, _replayed(_mass(q, k, v, None), device), core(heads, 1.5, again)),
-            Variant("with 1/16 mass", 0.0, _replayed(_mass(q, k, v, 16), device), core(heads, 1 + 1 / 32)),
-            Variant(
-                "paper's way: fp32 softmax", 0.0, _materialised(q, k, v), core(heads, 1.5, again + matrix)
+            dense,
+            _kernel("with exact mass", 0.0, _mass(q, k, v, None), core(heads, 1.5, again), device),
+            _kernel("with 1/16 mass", 0.0, _mass(q, k, v, 16), core(heads, 1 + 1 / 32), device),
+            _kernel(
+                "paper's way: fp32 softmax",
+                0.0,
+                _materialised(q, k, v),
+                core(heads, 1.5, again + matrix),
+                device,
             ),
         ],
     )
 
 
-def _replayed(run: Callable[[], Any], device: str) -> Callable[[], object]:
-    return cuda_capture(run)[0] if device == "cuda" else run
+REPLAYS = 20
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor | None) -> Callable[[], object]:
-    return lambda: sp.ops.attention(q, k, v, kept_heads=index, layout="compact")
+def _kernel(
+    name: str,
+    removed: float,
+    run: Callable[[], Any],
+    operations: list[Operation],
+    device: str,
+    backend: str = "",
+) -> Variant:
+    if device != "cuda":
+        return Variant(name, removed, run, operations, backend=backend)
+
+    def several() -> Any:
+        for _ in range(REPLAYS - 1):
+            run()
+        return run()
+
+    replayed = cuda_capture(several)[0]
+    return Variant(name, removed, replayed, operations, compiled=True, calls=REPLAYS, backend=backend)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, backend: str = "auto"
+) -> Callable[[], object]:
+    return lambda: sp.ops.attention(q, k, v, kept_heads=index, layout="compact", backend=backend)
 
 
 def _mass(q: Tensor, k: Tensor, v: Tensor, sample: int | None) -> Callable[[], object]:
@@ -348,7 +427,7 @@ def _materialised(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
     return run
 
 
-def elementwise_groups(case: Case, device: str) -> Iterator[tuple[str, list[Variant]]]:
+def elementwise_groups(case: Case, device: str, done: Done = frozenset()) -> Groups:
     """What lies between the matrix products, as it is and through ``torch.compile``: does fusing pay?"""
     geometry = geometry_of(case.shape)
     d, channels, dim = geometry.hidden, geometry.channels[0], geometry.head_dim
@@ -374,6 +453,8 @@ def elementwise_groups(case: Case, device: str) -> Iterator[tuple[str, list[Vari
         ("SwiGLU", swiglu, (both,), 3 * rows * channels),
     ]
     for name, function, arguments, elements in works:
+        if (f"elementwise: {name}", "eager") in done:
+            continue
         fused = torch.compile(function)
         results = (function(*arguments), fused(*arguments))
         for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):

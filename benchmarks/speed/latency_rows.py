@@ -6,8 +6,9 @@ import csv
 import datetime
 import json
 import platform
+import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import sinkprune as sp
 from sinkprune.evaluation.footprint import counted_peak
 from sinkprune.files import whole_file, write_whole
 from sinkprune.planning.hardware import Roofs, device_name
-from sinkprune.planning.timing import interleaved
+from sinkprune.planning.timing import Timing, interleaved
 
 
 @dataclass
@@ -44,12 +45,22 @@ class Row:
     ideal: float | None  # the dense median / ceiling
     saved_share: float | None
     busy: float | None  # share of the time that the GPU computes; None on CPU
+    of_roof: float | None = None  # the least time by this device's measured roofs / this time
+    backend: str = ""  # of its attention, where one kernel is timed
+
+
+def rounds_of(bench: str, case: Case, device: str) -> int:
+    """A generation is hundreds of steps, and a GPU disturbs them little: few rounds say as much."""
+    if device == "cpu":
+        return case.rounds
+    return min(case.rounds, 3 if bench == "generation" else 8 if bench.startswith("step") else 20)
 
 
 def time_group(bench: str, variants: list[Variant], case: Case, device: str, roofs: Roofs) -> list[Row]:
     """Interleaved timings of a group; the first variant is the one that ratios refer to."""
     calls = {v.name: v.run for v in variants}
-    timings, ratios = interleaved(calls, repeats=case.rounds, warmup=2, device=device)
+    timings, ratios = interleaved(calls, repeats=rounds_of(bench, case, device), warmup=2, device=device)
+    timings = {v.name: Timing(*(value / v.calls for value in astuple(timings[v.name]))) for v in variants}
     first, dtype = variants[0], case.dtype
     dense = timings[first.name].median
 
@@ -77,6 +88,8 @@ def time_group(bench: str, variants: list[Variant], case: Case, device: str, roo
                 flops(variant) / timing.median / 1e9, moved(variant) / timing.median / 1e6,
                 _peak(variant, device), dense / ceiling if ceiling else None, share,
                 _busy(variant.run) if device == "cuda" else None,
+                least(variant) / (timing.median / 1e3) if least(variant) else None,
+                variant.backend,
             )
         )  # fmt: skip
     return rows
@@ -108,29 +121,88 @@ def _busy(run: Callable[[], object]) -> float:
     return kernels / 1e3 / start.elapsed_time(end)
 
 
-def write(folder: Path, rows: list[Row], device: str, command: str, roofs: Roofs) -> None:
-    """latency.json, latency.csv and latency.png, each whole or not at all."""
-    document = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(torch.device(device)),
-        "threads": torch.get_num_threads(),
-        "versions": {
+@dataclass
+class Document:
+    """What a run knows so far: written after every group, so that one cut short keeps what it has."""
+
+    command: str
+    device: str
+    roofs: Roofs
+    rows: list[Row]
+    failures: list[dict[str, Any]]  # what had no room, by shape, batch, length and level
+    complete: bool = False
+
+    def done(self, case: Case) -> set[tuple[str, str]]:
+        """(bench, variant) of the case's rows."""
+        where = (case.shape, str(case.dtype).removeprefix("torch."), case.batch, case.length)
+        return {(r.bench, r.variant) for r in self.rows if (r.shape, r.dtype, r.batch, r.length) == where}
+
+    def add(self, rows: list[Row]) -> None:
+        """New rows; a group's dense row, timed again beside each pruned one, is kept once."""
+        known = {_key(asdict(row)) for row in self.rows}
+        self.rows += [row for row in rows if _key(asdict(row)) not in known]
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        return {
             "sinkprune": sp.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-        },
-        "roofs": asdict(roofs),
-        "rows": [asdict(row) for row in rows],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "latency.json", json.dumps(document, indent=1) + "\n")
-    with whole_file(folder / "latency.csv") as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    with whole_file(folder / "latency.png") as part:
-        plot(rows, part)
+            **(
+                {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+                if self.device == "cuda"
+                else {}
+            ),
+        }
+
+    def resume(self, folder: Path) -> None:
+        """Take over the rows of an unfinished run of this device and these versions."""
+        try:
+            before = json.loads((folder / "latency.json").read_text())
+        except (OSError, ValueError):
+            return
+        same = {"device": device_name(torch.device(self.device)), "versions": self.versions}
+        if all(before.get(key) == value for key, value in same.items()):
+            self.rows = [Row(**row) for row in before["rows"]]
+
+    def write(self, folder: Path) -> None:
+        """latency.json, latency.csv and latency.png, each whole or not at all."""
+        document = {
+            "command": self.command,
+            "date": datetime.date.today().isoformat(),
+            "device": device_name(torch.device(self.device)),
+            "threads": torch.get_num_threads(),
+            "versions": self.versions,
+            **({"card": card()} if self.device == "cuda" else {}),
+            "roofs": asdict(self.roofs),
+            "complete": self.complete,
+            "failures": self.failures,
+            "rows": [asdict(row) for row in self.rows],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "latency.json", json.dumps(document, indent=1) + "\n")
+        if not (self.complete and self.rows):
+            return
+        with whole_file(folder / "latency.csv") as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(asdict(self.rows[0])))
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in self.rows)
+        with whole_file(folder / "latency.png") as part:
+            plot(self.rows, part)
+
+
+def card() -> dict[str, str]:
+    """The GPU's driver, clocks and power limit as ``nvidia-smi`` gives them now; empty without it."""
+    fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = (
+        [value.strip() for value in said.stdout.splitlines()[0].split(",")] if said.stdout.strip() else []
+    )
+    return dict(zip(fields, values, strict=False))
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -101,7 +101,7 @@ class StepGraph:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
     ) -> Tensor:
-        """Logits ``[B, R, V]`` of ``rows``, in a buffer that the next call overwrites, whatever its shape: graphs
+        """Logits ``[B, R, V]`` of ``rows``, in a buffer that the next call of any shape overwrites: graphs
         share their memory.
 
         Raises:
@@ -207,4 +207,8 @@ def cuda_capture(step: Step, pool: Any = None) -> tuple[Callable[[], object], Te
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph, pool=pool):
         logits = step()
-    return graph.replay, logits
+
+    def replay(kept: Step = step) -> None:  # the graph holds addresses: what the step reads lives as long
+        graph.replay()
+
+    return replay, logits

@@ -29,7 +29,7 @@ def interleaved(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    clock = _events if device == "cuda" else _wall
     for _ in range(warmup):
         for call in calls.values():
             call()
@@ -37,11 +37,7 @@ def interleaved(
     for round_ in range(repeats):
         names = list(calls) if round_ % 2 == 0 else list(calls)[::-1]
         for name in names:
-            wait()
-            start = time.perf_counter()
-            calls[name]()
-            wait()
-            samples[name].append((time.perf_counter() - start) * 1e3)
+            samples[name].append(clock(calls[name]))
     times = {name: torch.tensor(values, dtype=torch.float64) for name, values in samples.items()}
     first = times[next(iter(calls))]
     timings = {
@@ -49,3 +45,20 @@ def interleaved(
         for name, value in times.items()
     }
     return timings, {name: (first / value).quantile(0.5).item() for name, value in times.items()}
+
+
+def _wall(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _events(call: Callable[[], object]) -> float:
+    """Between two events of an idle device: without the host's way to the first launch and back."""
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)

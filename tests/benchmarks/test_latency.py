@@ -98,7 +98,7 @@ def test_no_speed_is_reported_when_the_check_fails(latency, monkeypatch, tmp_pat
     captured = capsys.readouterr()
     assert "error: correctness check failed, no speed is reported" in captured.err
     assert captured.out == ""
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("latency.*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -152,7 +152,51 @@ def test_a_gpu_too_small_says_how_much_is_needed_and_what_would_fit(latency, mon
     with pytest.raises(SystemExit, match="2"):
         monkeypatch.setattr(sys, "argv", [*argv, "--batch", "64"])
         latency.main()
-    assert "1 x 2048 tokens would fit" in capsys.readouterr().err
+    assert "1 x 4096 tokens would fit" in capsys.readouterr().err
+
+
+def test_a_published_size_is_timed_within_60_gb(latency):
+    for shape in ("LLaDA-8B", "Dream-7B"):
+        assert latency.needed_bytes(latency.Case(shape, torch.bfloat16, 1, 1024, 16, 20)) < 60e9
+
+
+def test_a_run_cut_short_goes_on_where_it_was(latency, monkeypatch, tmp_path):
+    """The group that was cut has no rows; what was written before is not timed again."""
+    timed = []
+    time_group = latency.time_group
+
+    def cut(bench, *arguments):
+        if bench.startswith("step (heads)") and "cut" not in timed:
+            timed.append("cut")
+            raise KeyboardInterrupt
+        timed.append(bench)
+        return time_group(bench, *arguments)
+
+    monkeypatch.setattr(latency, "time_group", cut)
+    with pytest.raises(KeyboardInterrupt):
+        toy_run(latency, monkeypatch, tmp_path, "--resume")
+    before = json.loads((tmp_path / "latency.json").read_text())
+    assert not before["complete"] and before["rows"] and not (tmp_path / "latency.csv").exists()
+    first = timed[: timed.index("cut")]
+    assert toy_run(latency, monkeypatch, tmp_path, "--resume") == 0
+    assert not set(first) & set(timed[len(first) :])
+    after = json.loads((tmp_path / "latency.json").read_text())
+    assert after["complete"] and after["rows"][: len(before["rows"])] == before["rows"]
+    keys = [(r["bench"], r["variant"]) for r in after["rows"]]
+    assert len(keys) == len(set(keys)) and ("generation", "as users run it") in keys
+
+
+def test_a_level_without_room_is_noted_and_the_rest_goes_on(latency, monkeypatch, tmp_path):
+    def full(case, device, done):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        yield
+
+    monkeypatch.setitem(latency.LEVELS, "kernel", full)
+    assert toy_run(latency, monkeypatch, tmp_path) == 0
+    document = json.loads((tmp_path / "latency.json").read_text())
+    (lost,) = document["failures"]
+    assert (lost["level"], lost["batch"], lost["length"]) == ("kernel", 2, 16) and "9 GiB" in lost["error"]
+    assert {r["bench"].split(" (")[0] for r in document["rows"]} == {"layer", "block", "step", "generation"}
 
 
 def test_compiled_elementwise_work_has_rows_without_a_ceiling(latency, monkeypatch, tmp_path):

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
     "command",
     [
         [sys.executable, "benchmarks/kernels.py", "--out", "nowhere"],
-        ["bash", "benchmarks/gpu_check.sh", "bench", "nowhere"],
+        ["bash", "benchmarks/gpu_check.sh", "--out", "nowhere", "--state", "nowhere/state"],
     ],
-    ids=["kernels.py", "gpu_check bench"],
+    ids=["kernels.py", "gpu_check"],
 )
 def test_without_a_gpu_one_line_and_code_two(command, tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable}
@@ -30,11 +30,16 @@ def test_without_a_gpu_one_line_and_code_two(command, tmp_path):
     assert not (ROOT / "nowhere").exists()
 
 
-def test_an_unknown_stage_is_refused():
+@pytest.mark.parametrize(
+    "arguments",
+    [["fly"], ["--only", "fly"], ["--budget", "soon"], ["--state"]],
+    ids=" ".join,
+)
+def test_what_it_does_not_know_is_refused(arguments):
     done = subprocess.run(
-        ["bash", "benchmarks/gpu_check.sh", "fly"], cwd=ROOT, capture_output=True, text=True
+        ["bash", "benchmarks/gpu_check.sh", *arguments], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 64 and "build|test|bench|sanitize" in done.stderr
+    assert done.returncode == 64 and len(done.stderr.splitlines()) == 1 and "gpu_check: " in done.stderr
 
 
 def test_the_host_s_cost_is_measured_without_a_gpu():

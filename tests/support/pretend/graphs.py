@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pretend.memory import memory
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+
+from pretend.memory import memory
 
 _pools = itertools.count(1)
 _members: dict[Any, list[weakref.ref[CUDAGraph]]] = {}
@@ -79,9 +80,7 @@ class CUDAGraph:
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in read:
                 self._own[x.untyped_storage()._cdata] = x.untyped_storage()
         fresh = tree_map(
-            lambda x: (
-                x if isinstance(x, Tensor) and x.untyped_storage()._cdata not in read else None
-            ),
+            lambda x: x if isinstance(x, Tensor) and x.untyped_storage()._cdata not in read else None,
             result,
         )
         self._calls.append((name, run, noted, fresh))

@@ -9,11 +9,12 @@ from collections import Counter
 from typing import Any
 
 import torch
-from pretend import graphs
-from pretend.memory import memory
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+
+from pretend import graphs
+from pretend.memory import memory
 
 CUDA = torch.device("cuda", 0)
 # Operations that may read CPU tensors beside the device's: copies, and indices that are brought over.
@@ -37,14 +38,15 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> DeviceTensor:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device=CUDA,
-        )
+        with torch.inference_mode(inner.is_inference()):  # as its values: a view of a normal tensor is one
+            made = torch.Tensor._make_wrapper_subclass(
+                cls,
+                inner.size(),
+                strides=inner.stride(),
+                storage_offset=inner.storage_offset(),
+                dtype=inner.dtype,
+                device=CUDA,
+            )
         memory.watch(made, inner.untyped_storage())
         made.inner = inner
         return made
@@ -108,9 +110,11 @@ def unwrap(x: Any) -> Any:
 
 
 def wait(what: str) -> None:
-    """The host waits for the device here: refused while a graph is captured or where the caller forbade it."""
+    """The host waits for the device here: refused in a capture, and where the caller forbade it."""
     root = os.getcwd() + os.sep
-    frames = [f for f in traceback.extract_stack() if f.filename.startswith(root) and "/pretend/" not in f.filename]
+    frames = [
+        f for f in traceback.extract_stack() if f.filename.startswith(root) and "/pretend/" not in f.filename
+    ]
     here = f"{frames[-1].filename.removeprefix(root)}:{frames[-1].lineno}" if frames else "?"
     waits[f"{what} at {here}"] += 1
     if graphs.capturing is not None:
@@ -131,6 +135,12 @@ MODE = DeviceMode()
 
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation as the device would, or refuse it as the device would."""
+    # In inference mode operations arrive that are made of others.
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        with MODE:
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
     leaves = tree_leaves((args, kwargs))
     ours = [x for x in leaves if isinstance(x, DeviceTensor)]
     wished = kwargs.get("device")
@@ -143,7 +153,11 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if ours and func._schema.name in implementations:
         with MODE:
             return implementations[func._schema.name](*args, **kwargs)
-    others = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, DeviceTensor) and x.device.type == "cpu"]
+    others = [
+        x
+        for x in leaves
+        if isinstance(x, Tensor) and not isinstance(x, DeviceTensor) and x.device.type == "cpu"
+    ]
     if ours:
         _refuse(func, namespace, name, args, others)
     _wait_where_needed(name, args, kwargs, ours, others)
@@ -233,7 +247,9 @@ def _fused(name: str) -> Any:
         if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[3] % 8 or q.shape[3] > 256:
             raise RuntimeError(f"{name}: no kernel for {q.dtype} and heads of {q.shape[3]}")
         if q.shape[1] % k.shape[1] or any(x.stride(3) != 1 for x in (q, k, v)):
-            raise RuntimeError(f"{name}: no kernel for {q.shape[1]} and {k.shape[1]} heads, or strided features")
+            raise RuntimeError(
+                f"{name}: no kernel for {q.shape[1]} and {k.shape[1]} heads, or strided features"
+            )
         groups = q.shape[1] // k.shape[1]
         keys, values = (x.repeat_interleave(groups, 1).float() for x in (k, v))
         scores = q.float() @ keys.mT * (q.shape[3] ** -0.5 if scale is None else scale)
