@@ -36,6 +36,7 @@ MODELS = {"LLaDA-8B": (32, 32, 128), "Dream-7B": (28, 4, 128)}
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK_LENGTHS = (1024, 4096)
 TILE_ROWS = 128
+UPDATE = (32, 32, 4096)  # layers, heads, keys
 ROUNDS, QUICK_ROUNDS = 60, 20
 GRAPH_CALLS = 10
 
@@ -290,7 +291,8 @@ def mass(results: Results, model: str, n: int, rounds: int) -> None:
 
 def update(results: Results, rounds: int) -> None:
     """One step of 32 layers x 32 heads x 4096 keys."""
-    tracker = SinkTracker(32, 32, 1, 4096, "cuda")
+    layers, heads, keys = UPDATE
+    tracker = SinkTracker(layers, heads, 1, keys, "cuda")
     for buffer in tracker.mass:
         buffer.copy_(torch.softmax(torch.randn_like(buffer) * 3, -1))
     timings = _run(results, "sink_update 32x32x4096", {"end_step": tracker.end_step}, rounds)

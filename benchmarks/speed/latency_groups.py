@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +157,7 @@ def model_groups(case: Case, device: str, done: Done = frozenset()) -> Groups:
                     del compact
                     yield from _model_variants(case, device, model, kind, pair, ids)
                     del pair
+                    gc.collect()  # a model and its graphs hold each other
         else:
             every = [(removed, m, plan) for _, removed, m, plan in pruned_models(model, targets, REMOVED)]
             yield from _model_variants(case, device, model, kind, [(0.0, fused, none), *every], ids)
@@ -163,6 +165,7 @@ def model_groups(case: Case, device: str, done: Done = frozenset()) -> Groups:
         if "mlp" in targets and ("step (head rows)", f"{case.length} rows") not in done:
             yield "step (head rows)", head_variants(fused, case, sp.adapter_for(model).geometry(), ids)
         del fused
+        gc.collect()
     if case.steps and ("generation", "as users run it") not in done:
         yield "generation", generation_variants(model, case)
 

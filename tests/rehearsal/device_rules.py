@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from pretend import memory
 
 from sinkprune.generation.graphs import cuda_capture
 from sinkprune.kernels.attention import attention
@@ -48,7 +49,9 @@ def main() -> None:
     print(refused("a copy to the host in a capture", lambda: captured(a.cpu)))
     print(refused("an index of booleans in a capture", lambda: captured(lambda: a[a > 0])))
     print(refused("freed memory", freed))
-    print(refused("no room", lambda: torch.empty(100_000_000_000, dtype=torch.uint8, device="cuda")))
+    memory.total, total = 10_000_000, memory.total
+    print(refused("no room", lambda: torch.empty(20_000_000, dtype=torch.uint8, device="cuda")))
+    memory.total = total
     print(refused("a read outside", a.sum().item))
 
     graph = torch.cuda.CUDAGraph()

@@ -73,6 +73,7 @@ def run(script: Path) -> None:
 def small_kernels(module: Any) -> None:
     module.MODELS = {"LLaDA-8B": (4, 4, 16), "Dream-7B": (4, 2, 16)}
     module.LENGTHS = module.QUICK_LENGTHS = (40,)
+    module.UPDATE = (2, 2, 64)
     module.ROUNDS = module.QUICK_ROUNDS = module.GRAPH_CALLS = 2
 
 
