@@ -22,7 +22,8 @@ PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "num
 
 
 def diagnose() -> dict[str, Any]:
-    """The facts, JSON-ready: ``versions``, ``device``, ``native`` (build information) and ``backends``."""
+    """The facts, JSON-ready: ``versions``, ``device``, ``native`` (build information) and ``backends``; first
+    of all a ``warning`` where there is a GPU and the extension has no CUDA part."""
     versions: dict[str, str | None] = {"sinkprune": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -48,7 +49,12 @@ def diagnose() -> dict[str, Any]:
     backends["column_mass"]["auto takes"] = ops.column_mass_backend(q, q, ops.attention(q, q, q)[1])
     repack = native.serves(q.device)
     backends["repack"] = {"takes": "native" if repack else f"pytorch: {native.why_not() or 'CPU build only'}"}
-    return {"versions": versions, "device": device, "native": native.build_info(), "backends": backends}
+    facts = {"versions": versions, "device": device, "native": native.build_info(), "backends": backends}
+    if cuda and not repack:
+        reason = native.why_not() or native.build_info().get("cuda_skipped") or "a CPU build"
+        said = f"there is a GPU, and the extension's CUDA part is not built ({reason}): repacking runs in PyTorch"
+        return {"warning": f"{said}; SINKPRUNE_CUDA=1 pip install --no-build-isolation . builds it", **facts}
+    return facts
 
 
 def _attention(backend: str, q: Tensor) -> object:

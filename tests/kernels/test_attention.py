@@ -143,7 +143,7 @@ def test_same_inputs_give_the_same_bits(new_case):
 
 
 @pytest.mark.parametrize("axis", ["row", "head", "sample"])
-def test_offsets_beyond_32_bits_reach_the_right_element(axis):
+def test_offsets_beyond_32_bits_reach_the_right_element(axis, device):
     """Views whose far elements lie past 2^31: the memory is reserved, and only the pages touched exist."""
     b, h, length, d = 2, 2, 3, 16
     far = (1 << 31) + 64
@@ -153,13 +153,13 @@ def test_offsets_beyond_32_bits_reach_the_right_element(axis):
         "sample": (far, length * d, d, 1),
     }[axis]
     span = sum((size - 1) * stride for size, stride in zip((b, h, length, d), strides, strict=True)) + 1
-    q = torch.randn(b, h, length, d, dtype=torch.float16)
+    q = torch.randn(b, h, length, d, dtype=torch.float16, device=device)
     k = (
-        reserve(span, torch.float16)
+        reserve(span, torch.float16, device)
         .as_strided((b, h, length, d), strides)
         .copy_(torch.randn(b, h, length, d))
     )
-    wide = reserve(span, torch.float16).as_strided((b, h, length, d), strides).copy_(q)
+    wide = reserve(span, torch.float16, device).as_strided((b, h, length, d), strides).copy_(q)
     assert (k[1, 1, -1].data_ptr() - k.data_ptr()) // 2 >= 1 << 31
     out, lse = attention(wide, k, k, scale=0.25, tile=SMALL)
     exact, exact_lse = reference.attention(q.double(), k.double(), k.double(), scale=0.25)

@@ -155,14 +155,14 @@ def test_same_inputs_give_the_same_bits(new_case):
 
 
 @pytest.mark.parametrize("axis", ["row", "head"])
-def test_offsets_beyond_32_bits_reach_the_right_element(axis):
+def test_offsets_beyond_32_bits_reach_the_right_element(axis, device):
     h, length, d = 2, 3, 16
     far = (1 << 31) + 64
     strides = {"row": (0, length * d, far // 2, 1), "head": (0, far, d, 1)}[axis]
     span = sum((size - 1) * stride for size, stride in zip((1, h, length, d), strides, strict=True)) + 1
-    near = torch.randn(1, h, length, d, dtype=torch.float16)
-    wide = reserve(span, torch.float16).as_strided((1, h, length, d), strides).copy_(near)
-    out = torch.empty(1, h, length)
+    near = torch.randn(1, h, length, d, dtype=torch.float16, device=device)
+    wide = reserve(span, torch.float16, device).as_strided((1, h, length, d), strides).copy_(near)
+    out = torch.empty(1, h, length, device=device)
     column_mass_(out, wide, wide, scale=0.25, tile=SMALL)
     exact = reference.column_mass(near.double(), near.double(), scale=0.25)
     torch.testing.assert_close(out.double(), exact, atol=2e-3, rtol=2e-3)

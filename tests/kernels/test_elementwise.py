@@ -158,17 +158,17 @@ def test_swiglu_reads_the_halves_of_a_projection_and_keeps_its_ends(device):
     assert elementwise.swiglu(gate[:0], up[:0]).shape == (0, 6)
 
 
-def test_offsets_beyond_32_bits_reach_the_right_element():
+def test_offsets_beyond_32_bits_reach_the_right_element(device):
     """Rows that lie 2^30 and more elements apart: the memory is reserved, and only pages touched exist."""
     far, n = (1 << 30) + 64, 20
-    near = torch.randn(4, n, dtype=torch.float16)
-    wide = reserve(3 * far + n, torch.float16).as_strided((4, n), (far, 1)).copy_(near)
+    near = torch.randn(4, n, dtype=torch.float16, device=device)
+    wide = reserve(3 * far + n, torch.float16, device).as_strided((4, n), (far, 1)).copy_(near)
     torch.testing.assert_close(elementwise.swiglu(wide, wide), reference.swiglu(near, near))
     torch.testing.assert_close(
         elementwise.rms_norm(wide, None, 1e-6)[0], reference.rms_norm(near, None, 1e-6)[0]
     )
     q = wide.as_strided((1, 1, 4, n), (0, 0, far, 1))
-    cos, sin = rotary_table(torch.arange(4), n, 1e4)
+    cos, sin = rotary_table(torch.arange(4, device=device), n, 1e4)
     torch.testing.assert_close(
         elementwise.rope_qk(q, q, cos, sin)[0], reference.rope_qk(near[None, None], q, cos, sin)[0]
     )

@@ -126,6 +126,8 @@ def test_a_build_without_the_cuda_part_is_a_loud_failure(environment, tmp_path):
     done = gpu_check({**environment, "SINKPRUNE_NATIVE": "0"}, tmp_path, "--only", "build,quick-repack")
     assert done.returncode == 1
     assert "the CUDA part of the extension is not there" in done.stdout
+    facts = json.loads((tmp_path / "state" / "results" / "doctor.json").read_text())
+    assert next(iter(facts)) == "warning" and "CUDA part is not built" in facts["warning"]
     assert not (tmp_path / "state" / "build.done").exists()
 
 

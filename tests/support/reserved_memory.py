@@ -8,9 +8,11 @@ import mmap
 import torch
 
 
-def reserve(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """A one-dimensional tensor of zeros over reserved address space. The mapping lives as long as the
-    tensor."""
+def reserve(elements: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A one-dimensional tensor over reserved address space: zeros, mapped as long as the tensor lives. On a
+    GPU it is ordinary memory, of any values."""
+    if torch.device(device).type != "cpu":
+        return torch.empty(elements, dtype=dtype, device=device)
     size = torch.empty((), dtype=dtype).element_size()
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.13 on; this is Linux's value
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
