@@ -52,7 +52,7 @@ def diagnose() -> dict[str, Any]:
     facts = {"versions": versions, "device": device, "native": native.build_info(), "backends": backends}
     if cuda and not repack:
         reason = native.why_not() or native.build_info().get("cuda_skipped") or "a CPU build"
-        said = f"there is a GPU, and the extension's CUDA part is not built ({reason}): repacking runs in PyTorch"
+        said = f"there is a GPU, and the extension's CUDA part is not built ({reason}), so PyTorch repacks"
         return {"warning": f"{said}; SINKPRUNE_CUDA=1 pip install --no-build-isolation . builds it", **facts}
     return facts
 
