@@ -8,11 +8,13 @@ way, or takes other arguments, needs no adapter of its own.
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +36,28 @@ from sinkprune.models.modules import AttentionCall, AttentionObserver
 _NAME = "sinkprune_attention"  # the submodule that a live attention gets while something of ours is active
 
 
+# Held by whoever hides something in a model: another thread's forward of the same object waits.
+_HIDING: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_HIDING_MADE = threading.Lock()
+
+
+class Hidden(NamedTuple):
+    """What one forward hides: padding, bool ``[B, Lk]`` (True = valid), and what lies outside a token's block
+    and those before it, by ``positions`` of queries and keys, int ``[B, L]`` (-1 = padding; None = 0 … L-1).
+    """
+
+    key_padding_mask: Tensor | None = None
+    block_size: int | None = None
+    positions: Tensor | None = None
+
+
 class LiveAttention(nn.Module):
     """Stands in for ``scaled_dot_product_attention`` in one layer; its indices move with the model and are
     never saved.
 
     ``kept_heads`` int ``[h]`` skips the other heads; ``kv_head_of`` int ``[n]`` is each of n query heads'
-    key/value head where heads were removed; ``key_padding_mask`` bool ``[B, Lk]`` hides padding that the
-    upstream code does not; ``block_size`` takes the place of any mask that the upstream code passes, with
-    ``positions`` int ``[B, L]`` (-1 = padding; None = 0 … L-1) of queries and keys; ``observer`` sees every
-    call.
+    key/value head where heads were removed; ``hidden`` is what each thread's forwards hide that the upstream
+    code does not (a ``block_size`` takes the place of any mask that it passes); ``observer`` sees every call.
     """
 
     kept_heads: Tensor | None
@@ -52,15 +67,12 @@ class LiveAttention(nn.Module):
         super().__init__()
         self.register_buffer("kept_heads", None, persistent=False)
         self.register_buffer("kv_head_of", None, persistent=False)
-        self.key_padding_mask: Tensor | None = None
-        self.block_size: int | None = None
-        self.positions: Tensor | None = None
+        self.hidden: dict[int, Hidden] = {}  # by thread: one's forward never sees another's padding
         self.observer: AttentionObserver | None = None
 
     def idle(self) -> bool:
         """Whether it does what the upstream code does, and nobody looks."""
-        ours = (self.kept_heads, self.kv_head_of, self.key_padding_mask, self.block_size, self.observer)
-        return all(part is None for part in ours)
+        return not self.hidden and all(p is None for p in (self.kept_heads, self.kv_head_of, self.observer))
 
     def forward(
         self,
@@ -80,10 +92,11 @@ class LiveAttention(nn.Module):
         if dropout_p or is_causal:
             what = f"dropout {dropout_p}: call model.eval() first" if dropout_p else "a causal mask"
             raise ValueError(f"pruned or tracked attention of a diffusion model does not know {what}")
-        padding = self.key_padding_mask
+        hidden = self.hidden.get(threading.get_ident(), Hidden()) if self.hidden else Hidden()
+        padding, block_size, positions = hidden
         padding = None if padding is None else padding.to(query.device)
-        positions = None if self.positions is None else self.positions.to(query.device)
-        if self.block_size is not None:
+        positions = None if positions is None else positions.to(query.device)
+        if block_size is not None:
             attn_mask = None
         if attn_mask is not None:
             attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
@@ -93,12 +106,12 @@ class LiveAttention(nn.Module):
         if attn_mask is None:
             out, lse = ops.attention(
                 query, key, value, kept_heads=heads, kv_head_of=owner, key_padding_mask=padding,
-                block_size=self.block_size, query_positions=positions, key_positions=positions, scale=scale,
+                block_size=block_size, query_positions=positions, key_positions=positions, scale=scale,
             )  # fmt: skip
         else:
             out, lse = self._masked(query, key, value, attn_mask, scale), None
         if self.observer is not None:
-            seen = (padding, self.block_size, positions, positions, scale)
+            seen = (padding, block_size, positions, positions, scale)
             call = AttentionCall(query, key, lse, heads, owner, *seen)
             self.observer(call if attn_mask is None else _with_mask(call, attn_mask))
         return out
@@ -204,16 +217,20 @@ class LiveAdapter(Adapter):
             yield
             return
         self._require_uncompiled()
-        layers = [self._live(layer) for layer in range(len(self.sites()))]
-        try:
-            for live in layers:
-                live.key_padding_mask = None if attention_mask is None else attention_mask.bool()
-                live.block_size, live.positions = block_size, positions
-            yield
-        finally:
-            for layer, live in enumerate(layers):
-                live.key_padding_mask = live.block_size = live.positions = None
-                self._release(layer)
+        hidden = Hidden(None if attention_mask is None else attention_mask.bool(), block_size, positions)
+        thread = threading.get_ident()
+        with _HIDING_MADE:
+            lock = _HIDING.setdefault(self.model, threading.RLock())
+        with lock:
+            layers = [self._live(layer) for layer in range(len(self.sites()))]
+            try:
+                for live in layers:
+                    live.hidden[thread] = hidden
+                yield
+            finally:
+                for layer, live in enumerate(layers):
+                    live.hidden.pop(thread, None)
+                    self._release(layer)
 
     def check(self, kept_heads: list[list[int]], kept_channels: list[list[int] | None], mode: str) -> None:
         super().check(kept_heads, kept_channels, mode)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sinkprune.adapters import adapter_for
+from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.adapters.live import LiveAdapter
 from sinkprune.checkpoints import hub, side_files, small
 from sinkprune.checkpoints.layout import (
@@ -147,10 +147,10 @@ def save(
     """
     folder = Path(folder)
     sparsity: Sparsity | None = noted_sparsity(model)
+    if (known := recognised(model)) is not None and known.form != "compact":
+        known.require_plain()  # load would make ordinary linear layers of them
     model = as_native(model)
     config = describe_model(model)
-    if adapter_for(model).form != "compact":
-        adapter_for(model).require_plain()  # load would make ordinary linear layers of them
     require_place(folder, overwrite)
     _require_readable(model, config)
     with whole_folder(folder, _require_ours if overwrite else None) as part:
@@ -288,12 +288,17 @@ def _require_vouched(folder: Path, manifest: dict[str, Any], names: list[str]) -
             raise ValueError(f"{folder / name} is not named by {MANIFEST}, which vouches for what is read")
 
 
+def recognised(model: nn.Module) -> Adapter | None:
+    """The adapter of ``model``, or None where no family is its."""
+    try:
+        return adapter_for(model)
+    except TypeError:
+        return None
+
+
 def as_native(model: nn.Module) -> nn.Module:
     """A native model over the tensors of a live upstream object; any other model as it is."""
-    try:
-        adapter = adapter_for(model)
-    except TypeError:
-        return model
+    adapter = recognised(model)
     if not isinstance(adapter, LiveAdapter):
         return model
     family = adapter.geometry().family

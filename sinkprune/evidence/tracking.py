@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -170,6 +171,7 @@ def track(
     gate: SinkGate | None = None,
     trace: bool = False,
     max_steps: int = 1024,
+    this_thread: bool = False,
 ) -> Iterator[ModelTracker]:
     """Gather sink statistics of every forward inside the ``with``; everything is as before outside it.
 
@@ -185,6 +187,7 @@ def track(
         max_keys: longest key length to make room for; None = the model's context, at most 8192.
         gate: when a sink counts as standing out.
         trace, max_steps: also keep each step's positions and masses.
+        this_thread: count the forwards of the calling thread only, whatever others do with the model.
 
     Raises:
         RuntimeError: the model is being tracked already, or is compiled (hooks added after compilation never
@@ -200,8 +203,18 @@ def track(
     tracker = ModelTracker(
         adapter, samples, every, max_keys, {"gate": gate, "trace": trace, "max_steps": max_steps}
     )
-    hook = adapter.step_module.register_forward_hook(lambda module, inputs, output: tracker.end_step())
-    adapter.observe(tracker.observe)
+    thread = threading.get_ident()
+
+    def observe(layer: int, call: AttentionCall) -> None:
+        if not this_thread or threading.get_ident() == thread:
+            tracker.observe(layer, call)
+
+    def end_step(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not this_thread or threading.get_ident() == thread:
+            tracker.end_step()
+
+    hook = adapter.step_module.register_forward_hook(end_step)
+    adapter.observe(observe)
     try:
         yield tracker
     finally:

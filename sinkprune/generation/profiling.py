@@ -69,7 +69,9 @@ def profile(
             rows, mask = ids[samples].to(device), valid[samples].to(device)
             narrow = int(mask.any(0).float().argmax())  # padding that this part of the batch does not need
             room = steps + gen_length  # a threshold, or a prompt within a block, takes other than `steps`
-            with track(model, samples=len(rows), gate=gate, trace=True, max_steps=room) as tracker:
+            with track(
+                model, samples=len(rows), gate=gate, trace=True, max_steps=room, this_thread=True
+            ) as tracker:
                 rows, mask = rows[:, narrow:], mask[:, narrow:]
                 stream = adapter.sample(rows, mask, steps, gen_length, options)
                 if stream is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+# transformers and ``parameters_on_meta`` replace functions of PyTorch while they make a model: one at a time.
+_MAKING = threading.RLock()
 
 
 def is_transformers_native(model: nn.Module) -> bool:
@@ -64,14 +68,15 @@ def load_published(folder: Path, config: dict[str, Any], dtype: torch.dtype | No
     """
     model_class = transformers_class(config)
     try:
-        model, report = model_class.from_pretrained(
-            str(folder),
-            dtype="auto" if dtype is None else dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _MAKING:
+            model, report = model_class.from_pretrained(
+                str(folder),
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{folder}: transformers can't load it: {error}") from error
     missing = sorted(report["missing_keys"])
@@ -83,16 +88,18 @@ def load_published(folder: Path, config: dict[str, Any], dtype: torch.dtype | No
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have their parameters on ``meta``; buffers are as always."""
-    original = nn.Module.register_parameter
+    """Modules that this thread makes inside have their parameters on ``meta``; buffers are as always."""
+    thread = threading.get_ident()
+    with _MAKING:
+        original = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        original(module, name, param)
+        def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            if param is not None and not param.is_meta and threading.get_ident() == thread:
+                param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            original(module, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = original  # type: ignore[method-assign]

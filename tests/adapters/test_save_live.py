@@ -28,3 +28,20 @@ def test_a_saved_live_object_loads_as_the_native_model(tmp_path, make, form):
     assert sp.adapter_for(loaded).form == form
     torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(model(ids).logits, expected, atol=0, rtol=0)  # the live one is as it was
+
+
+class Doubled(torch.nn.Linear):
+    """Computes more than its weight says, as an unmerged LoRA does."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_a_projection_that_computes_more_than_its_weight_is_not_saved(tmp_path, make):
+    model = make()
+    linears = sp.adapter_for(model).linears(1)
+    linears["o"].__class__ = Doubled
+    with pytest.raises(ValueError, match="o projection of layer 1 is a Doubled"):
+        sp.save(model, tmp_path / "out")
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,129 @@
+"""Threads that share one model object: each gets what it would get alone."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from block_causals import toy_llada2
+from decoder_twins import illada_twin
+from hf import build
+from layer_twins import llada2_twin, sdar_twin
+from torch import nn
+from toys import manual_plan, one_thread, tokens, toy  # noqa: F401
+from upstream_twins import dream_twin, llada_twin
+
+import sinkprune as sp
+
+MODELS = {
+    "native": toy,
+    "native, block-causal": toy_llada2,
+    "live LLaDA": llada_twin,
+    "live Dream": dream_twin,
+    "live SDAR": sdar_twin,
+    "live LLaDA2": llada2_twin,
+    "live iLLaDA": illada_twin,
+    "transformers": lambda: build("modernbert"),
+}
+ROUNDS = 100  # of each of two threads
+
+
+def padded(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows of ids ``[2, 8]``, the second with ``seed`` tokens of left padding."""
+    ids = torch.randint(2, 20, (2, 8), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, :seed] = False
+    return ids.masked_fill(~mask, 0), mask
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_two_threads_with_other_padding_compute_what_each_computes_alone(make):
+    adapter = sp.adapter_for(make())
+    inputs = [padded(2), padded(5)]
+    with torch.no_grad():
+        alone = [adapter.predict(ids, mask) for ids, mask in inputs]
+    assert not torch.allclose(alone[0], alone[1])
+    start = threading.Barrier(2)
+
+    @torch.no_grad()
+    def work(which: int) -> int:
+        start.wait()
+        ids, mask = inputs[which]
+        return sum(torch.equal(adapter.predict(ids, mask), alone[which]) for _ in range(ROUNDS))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, (0, 1))) == [ROUNDS, ROUNDS]
+
+
+@pytest.mark.parametrize("make", [llada_twin, dream_twin, illada_twin])
+def test_a_thread_that_calls_the_live_model_itself_never_sees_the_padding_of_another(make):
+    model = make()
+    adapter = sp.adapter_for(model)
+    ids, mask = padded(5)
+    with torch.no_grad():
+        alone = model(ids).logits
+    stop = threading.Event()
+
+    @torch.no_grad()
+    def pad() -> int:
+        rounds = 0
+        while not stop.is_set():
+            adapter.predict(ids, mask)
+            rounds += 1
+        return rounds
+
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(pad)
+        try:
+            with torch.no_grad():
+                for _ in range(ROUNDS):
+                    torch.testing.assert_close(model(ids).logits, alone, rtol=1e-4, atol=1e-5)
+        finally:
+            stop.set()
+        assert others.result() > 0
+
+
+@pytest.mark.parametrize("make", [toy, llada_twin])
+def test_a_profile_counts_its_own_forwards_only(make):
+    model = make()
+    prompts = torch.arange(2, 8)[None]
+    settings = {"steps": 4, "gen_length": 4}
+    alone = sp.profile(model, prompts, **settings)
+    stop = threading.Event()
+
+    @torch.no_grad()
+    def others() -> int:
+        rounds = 0
+        while not stop.is_set():
+            model(torch.full((3, 5), 7))
+            rounds += 1
+        return rounds
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(others)
+        try:
+            beside = sp.profile(model, prompts, **settings)
+        finally:
+            stop.set()
+        assert done.result() > 0
+    assert beside.summary() == alone.summary()
+
+
+def test_two_loads_of_transformers_checkpoints_at_once_leave_modules_as_they_were(tmp_path):
+    model = build("qwen3")
+    plan = manual_plan(model, [[0, 1]] * sp.adapter_for(model).geometry().num_layers)
+    expected = sp.apply(model, plan).state_dict()
+    folder = sp.save(model, tmp_path / "saved")
+    start = threading.Barrier(2)
+
+    def load(_: int) -> nn.Module:
+        start.wait()
+        return sp.load(folder)[0]
+
+    for _ in range(5):
+        with ThreadPoolExecutor(2) as pool:
+            for loaded in pool.map(load, (0, 1)):
+                assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
+        assert not nn.Linear(2, 2).weight.is_meta
