@@ -90,8 +90,8 @@ def plan(
 
     Raises:
         ValueError: an argument out of range, a target that can't hold such a plan, a ratio out of reach (the
-            message says the maximum), a profile of another model, or evidence that a rule needs and that was
-            not given.
+            message says the maximum), a profile of another model, evidence that a rule needs and that was
+            not given, or weights that are not finite.
     """
     adapter, rule = adapter_for(model), criterion_for(criterion)
     adapter.require_dense("plan on")
@@ -111,6 +111,7 @@ def plan(
     _check_share(ratio, unit, targets, tokens)
     channels_by = channel_rule or ("magnitude" if calibration is None else "flap")
     _check_evidence(adapter, rule, evidence, targets, channels_by)
+    _check_weights(adapter, targets)
 
     def worth() -> list[Tensor]:
         return [channel_scores(channels_by, adapter, evidence, i) for i in range(geometry.num_layers)]
@@ -187,3 +188,20 @@ def _check_evidence(
             raise ValueError(f"channel rule {channel_rule!r} needs calibration=sp.calibrate(model, ...)")
     if evidence.profile is not None:
         evidence.profile.check_model(adapter)
+
+
+def _check_weights(adapter: Adapter, targets: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` naming the first projection, of those that ``targets`` chooses among, that holds a
+    NaN or an infinity: a rule that does not read it would rank and keep it."""
+    geometry = adapter.geometry()
+    for layer in range(geometry.num_layers):
+        chosen = vars(adapter.attention_weights(layer)) if "heads" in targets else {}
+        if "mlp" in targets and geometry.channels[layer]:
+            chosen = chosen | vars(adapter.mlp_weights(layer))
+        for role, tensor in chosen.items():
+            if not isinstance(tensor, Tensor) or tensor.is_meta:
+                continue
+            small = tensor.is_floating_point() and tensor.itemsize == 1  # PyTorch asks no 8-bit float
+            if not torch.isfinite(tensor.float() if small else tensor).all():
+                part = f"{role.removesuffix('_bias')} projection's {'bias' if '_bias' in role else 'weight'}"
+                raise ValueError(f"the {part} of layer {layer} is not finite: the checkpoint is damaged")
