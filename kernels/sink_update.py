@@ -109,7 +109,7 @@ def sink_update_kernel(
     tl.store(p_state + 21, steps + 1)
     if TRACED:
         step = steps.to(tl.int64)
-        fits = step < trace_steps
+        fits = (step >= 0) & (step < trace_steps)  # a state is a caller's: its count may be anything
         tl.store(trace_positions + step * rows + i_r, tl.where(sink, position, -1), mask=fits)
         tl.store(trace_mass + step * rows + i_r, tl.where(sink, top, 0.0), mask=fits)
 

@@ -61,6 +61,18 @@ def test_padding_nan_infinity_and_empty_rows(device):
     assert (state[:, reference.STEPS] == 2).all()
 
 
+def test_a_state_whose_step_count_is_negative_writes_nothing_in_front_of_its_trace(device):
+    mass = torch.softmax(torch.randn(3, 20, device=device), -1)
+    state = torch.zeros(3, reference.STATE_WIDTH, device=device)
+    state[:, reference.STEPS] = torch.tensor([-1.0, 0.0, -2.0], device=device)
+    positions = torch.full((6, 3), 7, dtype=torch.int32, device=device)
+    sizes = torch.full((6, 3), 7.0, device=device)
+    sample_of = torch.zeros(3, dtype=torch.int32, device=device)
+    sink_update_(mass, state, sample_of, None, 20, 4.0, 2.0, positions[3:], sizes[3:])
+    assert (positions[:3] == 7).all() and (sizes[:3] == 7).all()
+    assert positions[3, 1] == mass[1].argmax() and positions[3, [0, 2]].tolist() == [7, 7]
+
+
 def test_a_sample_with_every_key_padded_has_no_sink(device):
     padding = torch.tensor([[True] * 8, [False] * 8], device=device)
     mass = torch.rand(4, 8, device=device)
