@@ -116,11 +116,11 @@ def gather_heads(
     """The rows (``dim=0``) or columns (``dim=1``) of the kept heads, dense.
 
     ``weight`` [num_heads·head_dim, hidden] for ``dim=0``, [hidden, num_heads·head_dim] for ``dim=1``, or a
-    bias [num_heads·head_dim] with ``dim=0``; any dtype, any row stride, contiguous last dimension. ``heads``
-    is sorted and unique. ``out``, if given, receives the result and is returned.
+    bias [num_heads·head_dim] with ``dim=0``; any dtype, any strides (copied first unless the last dimension is
+    contiguous). ``heads`` is sorted and unique. ``out``, if given, receives the result and is returned.
 
     Raises ``ValueError`` for ids that are empty, unsorted, repeated or out of range, a ``head_dim`` that does
-    not divide, a strided last dimension or an ``out`` of another shape; ``TypeError`` for another dtype.
+    not divide, or an ``out`` of another shape or strided in its last; ``TypeError`` for another dtype.
     """
     source = _matrix(weight, "weight", dims=(1, 2))
     if dim not in (0, 1) or dim >= source.dim():
@@ -539,8 +539,9 @@ def _mass_out(out: Tensor | None, shape: tuple[int, int, int], device: torch.dev
     return out.detach()
 
 
-def _matrix(weight: Tensor, name: str, dims: tuple[int, ...] = (2,)) -> Tensor:
-    """``weight`` without its graph, if it is a dense tensor whose last dimension is contiguous."""
+def _matrix(weight: Tensor, name: str, dims: tuple[int, ...] = (2,), *, written: bool = False) -> Tensor:
+    """``weight`` without its graph, if it is a dense tensor: as it lies where its last dimension is contiguous,
+    else (columns side by side in memory) copied, which what is ``written`` can't be."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if weight.layout != torch.strided or weight.is_quantized:
@@ -549,10 +550,11 @@ def _matrix(weight: Tensor, name: str, dims: tuple[int, ...] = (2,)) -> Tensor:
         expected = " or ".join(map(str, dims))
         raise ValueError(f"{name} must have {expected} dimensions, got shape {list(weight.shape)}")
     if weight.shape[-1] > 1 and weight.stride(-1) != 1:
-        raise ValueError(
-            f"{name} must have a contiguous last dimension, got strides {tuple(weight.stride())}; "
-            f"pass {name}.contiguous()"
-        )
+        if written:
+            raise ValueError(
+                f"{name} must have a contiguous last dimension, got strides {tuple(weight.stride())}"
+            )
+        return weight.detach().contiguous()
     return weight.detach()
 
 
@@ -566,7 +568,7 @@ def _alike(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:
 def _out(out: Tensor | None, shape: list[int], like: Tensor, name: str) -> Tensor:
     if out is None:
         return like.new_empty(shape)
-    matrix = _matrix(out, name, dims=(len(shape),))
+    matrix = _matrix(out, name, dims=(len(shape),), written=True)
     _alike(matrix, like, name, "the weight")
     if list(matrix.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {list(matrix.shape)}")
