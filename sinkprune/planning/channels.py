@@ -58,13 +58,9 @@ def channel_scores(rule: str, adapter: Adapter, evidence: Evidence, layer: int) 
     """The scores of ``layer``'s MLP channels, float64 ``[channels]`` on the CPU.
 
     Raises:
-        ValueError: weights or scores that are not finite, which an order of channels would hide.
+        ValueError: scores that are not finite, which an order of channels would hide.
     """
-    weights = adapter.mlp_weights(layer)
-    for role, weight in vars(weights).items():
-        if weight is not None and not torch.isfinite(weight).all():
-            raise ValueError(f"the {role.replace('_bias', ' bias')} of layer {layer}'s MLP is not finite")
-    scores = CHANNEL_RULES[rule](weights, adapter, evidence, layer).cpu()
+    scores = CHANNEL_RULES[rule](adapter.mlp_weights(layer), adapter, evidence, layer).cpu()
     if not torch.isfinite(scores).all():
         raise ValueError(f"channel rule {rule!r} gave scores of layer {layer} that are not finite")
     return scores
