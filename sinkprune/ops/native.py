@@ -116,8 +116,8 @@ def gather_heads(
     """The rows (``dim=0``) or columns (``dim=1``) of the kept heads, dense.
 
     ``weight`` [num_heads·head_dim, hidden] for ``dim=0``, [hidden, num_heads·head_dim] for ``dim=1``, or a
-    bias [num_heads·head_dim] with ``dim=0``; any dtype, any strides (copied first unless the last dimension is
-    contiguous). ``heads`` is sorted and unique. ``out``, if given, receives the result and is returned.
+    bias [num_heads·head_dim] with ``dim=0``; any dtype, any strides (copied first where the last dimension is
+    not contiguous). ``heads`` is sorted and unique. ``out``, if given, receives the result and is returned.
 
     Raises ``ValueError`` for ids that are empty, unsorted, repeated or out of range, a ``head_dim`` that does
     not divide, or an ``out`` of another shape or strided in its last; ``TypeError`` for another dtype.
@@ -540,8 +540,8 @@ def _mass_out(out: Tensor | None, shape: tuple[int, int, int], device: torch.dev
 
 
 def _matrix(weight: Tensor, name: str, dims: tuple[int, ...] = (2,), *, written: bool = False) -> Tensor:
-    """``weight`` without its graph, if it is a dense tensor: as it lies where its last dimension is contiguous,
-    else (columns side by side in memory) copied, which what is ``written`` can't be."""
+    """``weight`` without its graph, if it is a dense tensor: as it lies where its last dimension is
+    contiguous, else (columns side by side in memory) copied, which what is ``written`` can't be."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if weight.layout != torch.strided or weight.is_quantized:

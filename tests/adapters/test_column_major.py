@@ -1,4 +1,4 @@
-"""Weights whose columns lie side by side in memory (``W.t()`` of a stored transpose) prune like any others."""
+"""Weights whose columns lie side by side in memory (a stored transpose, seen turned) prune like others."""
 
 from __future__ import annotations
 
