@@ -297,7 +297,14 @@ def recognised(model: nn.Module) -> Adapter | None:
 
 
 def as_native(model: nn.Module) -> nn.Module:
-    """A native model over the tensors of a live upstream object; any other model as it is."""
+    """A native model over the tensors of a live upstream object; any other model as it is. What writes models
+    begins here: raises ``ValueError`` for a layer that computes more than its weight says."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, of which only the weight would be written: call "
+                "merge_and_unload (LoRA) or remove the parametrization first"
+            )
     adapter = recognised(model)
     if not isinstance(adapter, LiveAdapter):
         return model

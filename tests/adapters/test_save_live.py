@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import manual_plan, one_thread, tokens  # noqa: F401
+from toys import manual_plan, one_thread, tokens, toy  # noqa: F401
 from upstream_twins import dream_twin, llada_twin
 
 import sinkprune as sp
@@ -37,11 +37,22 @@ class Doubled(torch.nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
-def test_a_projection_that_computes_more_than_its_weight_is_not_saved(tmp_path, make):
+VERBS = {
+    "save": sp.save,
+    "export": lambda model, folder: sp.export(model, folder, to="hf"),
+    "gguf": lambda model, folder: sp.export(model, folder.with_suffix(".gguf"), to="gguf"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS.keys())
+@pytest.mark.parametrize("form", ["dense", "compact"])
+@pytest.mark.parametrize("make", [*MODELS.values(), toy], ids=[*MODELS, "native"])
+def test_a_projection_that_computes_more_than_its_weight_is_not_written(tmp_path, make, form, verb):
     model = make()
-    linears = sp.adapter_for(model).linears(1)
-    linears["o"].__class__ = Doubled
-    with pytest.raises(ValueError, match="o projection of layer 1 is a Doubled"):
-        sp.save(model, tmp_path / "out")
+    if form == "compact":
+        sp.apply(model, manual_plan(model, [[0, 1]] * 3))
+    last = [module for module in model.modules() if type(module) is torch.nn.Linear][-3]
+    last.__class__ = Doubled
+    with pytest.raises(ValueError, match="Doubled" if verb is not VERBS["export"] else "Doubled|compact"):
+        verb(model, tmp_path / "out")
     assert not any(tmp_path.iterdir())
