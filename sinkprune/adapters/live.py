@@ -36,7 +36,7 @@ from sinkprune.models.modules import AttentionCall, AttentionObserver
 _NAME = "sinkprune_attention"  # the submodule that a live attention gets while something of ours is active
 
 
-# Held by whoever hides something in a model: another thread's forward of the same object waits.
+# Held by whoever changes what a model's sites hold, or hides something in a forward: other threads wait.
 _HIDING: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _HIDING_MADE = threading.Lock()
 
@@ -216,12 +216,10 @@ class LiveAdapter(Adapter):
         if attention_mask is None and block_size is None:
             yield
             return
-        self._require_uncompiled()
         hidden = Hidden(None if attention_mask is None else attention_mask.bool(), block_size, positions)
         thread = threading.get_ident()
-        with _HIDING_MADE:
-            lock = _HIDING.setdefault(self.model, threading.RLock())
-        with lock:
+        with self._alone():
+            self._require_uncompiled()
             layers = [self._live(layer) for layer in range(len(self.sites()))]
             try:
                 for live in layers:
@@ -276,8 +274,9 @@ class LiveAdapter(Adapter):
                 self._live(layer).kv_head_of = torch.tensor(owner, device=device)
 
     def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
-        self._live(layer).kept_heads = heads
-        self._release(layer)
+        with self._alone():
+            self._live(layer).kept_heads = heads
+            self._release(layer)
         site = self.sites()[layer]
         handle = site.__dict__.pop("sinkprune_channels", None)
         if handle is not None:
@@ -289,19 +288,28 @@ class LiveAdapter(Adapter):
             site.__dict__["sinkprune_channels"] = down.register_forward_pre_hook(hook)
 
     def observe(self, observer: LayerObserver | None) -> None:
-        for layer in range(len(self.sites())):
-            self._live(layer).observer = None if observer is None else partial(observer, layer)
-            self._release(layer)
+        with self._alone():
+            for layer in range(len(self.sites())):
+                self._live(layer).observer = None if observer is None else partial(observer, layer)
+                self._release(layer)
 
     def observed(self) -> bool:
         live = self.sites()[0]._modules.get(_NAME)
         return live is not None and live.observer is not None
 
+    def _alone(self) -> threading.RLock:
+        """This model's lock."""
+        with _HIDING_MADE:
+            return _HIDING.setdefault(self.model, threading.RLock())
+
     def _live(self, layer: int) -> LiveAttention:
-        """The layer's ``LiveAttention``, put in place where there is none."""
+        """The layer's ``LiveAttention``, put in place where there is none.
+
+        Submodules are exchanged as a whole dictionary: another thread may be walking through the old one.
+        """
         site = self.sites()[layer]
         if site._modules.get(_NAME) is None:
-            site.add_module(_NAME, LiveAttention())
+            site.__dict__["_modules"] = {**site._modules, _NAME: LiveAttention()}
             self.enter(site, cast(LiveAttention, site._modules[_NAME]))
         return cast(LiveAttention, site._modules[_NAME])
 
@@ -310,7 +318,7 @@ class LiveAdapter(Adapter):
         site = self.sites()[layer]
         if cast(LiveAttention, site._modules[_NAME]).idle():
             self.leave(site)
-            del site._modules[_NAME]
+            site.__dict__["_modules"] = {k: v for k, v in site._modules.items() if k != _NAME}
 
     def _require_uncompiled(self) -> None:
         if is_compiled(self.model) and any(_NAME not in site._modules for site in self.sites()):
