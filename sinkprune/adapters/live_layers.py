@@ -91,6 +91,15 @@ class LiveLayers(LiveAdapter):
     def linears(self, layer: int) -> dict[str, nn.Module]:
         return self.attention_linears(layer) | self._mlp(layer)
 
+    def check(self, kept_heads: list[list[int]], kept_channels: list[list[int] | None], mode: str) -> None:
+        super().check(kept_heads, kept_channels, mode)
+        for layer, site in enumerate(self.sites()):
+            if hasattr(site, "_hf_hook"):
+                raise ValueError(
+                    f"layer {layer}'s attention carries a hook of accelerate's, which would undo what is pruned "
+                    "when it goes: call accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+                )
+
     def enter(self, site: nn.Module, attention: LiveAttention) -> None:
         replaced = site.__dict__.get("forward")
         site.__dict__["forward"] = _Forward(site.forward, attention, replaced)

@@ -30,7 +30,7 @@ class _Recorded(NamedTuple):
     valid: Tensor | None
     replay: Callable[[], object]
     logits: Tensor
-    reads: list[Tensor]
+    reads: list[object]
 
 
 class _Reads(TorchDispatchMode):
@@ -162,7 +162,8 @@ class StepGraph:
                 reason = " ".join(str(error).split())[:200]
                 advice = "this model's step can't be recorded, run without graphs"
                 raise RuntimeError(f"{advice}: {reason}") from error
-        return _Recorded(ids, valid, replay, logits, list(reads.tensors.values()))
+        tables = getattr(self.adapter.model, "_rotary", None)  # where the one recorded step has made them
+        return _Recorded(ids, valid, replay, logits, [*reads.tensors.values(), tables])
 
     @staticmethod
     def _fill(ids: Tensor, valid: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None) -> None:

@@ -195,3 +195,14 @@ def test_a_graph_keeps_the_tables_that_it_reads_after_a_longer_one_replaced_them
     del graph
     gc.collect()
     assert table() is None
+
+
+def test_a_graph_keeps_the_tables_that_its_only_call_made():
+    """A recorder that runs the step once: the model's first table is made in it, and is read again later."""
+    model = toy()
+    graph = StepGraph(model, capture=lambda step: (lambda: None, step()))
+    graph(tokens(1, 20))
+    table = weakref.ref(model._rotary[0])
+    graph(tokens(1, 60))
+    gc.collect()
+    assert table() is not None or graph.held < 2
