@@ -96,7 +96,7 @@ class LiveLayers(LiveAdapter):
         for layer, site in enumerate(self.sites()):
             if hasattr(site, "_hf_hook"):
                 raise ValueError(
-                    f"layer {layer}'s attention carries a hook of accelerate's, which would undo what is pruned "
+                    f"layer {layer}'s attention carries a hook of accelerate's, which undoes what is pruned "
                     "when it goes: call accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
                 )
 
