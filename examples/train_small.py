@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from sinkprune.checkpoints.small import DELTA, END, MASK, TABLE, find_base, read_base, read_tokenizer
 from sinkprune.files import whole_file
 from sinkprune.models.dream import DreamConfig
-from sinkprune.models.rotary import apply_rotary, rotary_table
+from sinkprune.models.rotary import rotary_table
+from sinkprune.ops.elementwise import apply_rotary
 
 LENGTH = 256
 RANK = 32

@@ -19,7 +19,8 @@ from torch import Tensor
 from train_small import LENGTH, Student, write
 
 from sinkprune.checkpoints.small import END, MASK, find_base, read_base, read_tokenizer
-from sinkprune.models.rotary import apply_rotary, rotary_table
+from sinkprune.models.rotary import rotary_table
+from sinkprune.ops.elementwise import apply_rotary
 
 TOP_P = 0.92
 BATCH = 64

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import sinkprune as sp
 from sinkprune.generation.graphs import cuda_capture
 from sinkprune.generation.samplers import transfer_counts
-from sinkprune.models.common import RMSNorm
 from sinkprune.models.llada import LLaDA, LLaDAConfig
-from sinkprune.models.rotary import apply_rotary, rotary_table
+from sinkprune.models.norm import RMSNorm
+from sinkprune.models.rotary import rotary_table
+from sinkprune.ops.elementwise import apply_rotary
 from sinkprune.planning.costs import Operation, attention_operations, mlp_operations, step_operations
 from sinkprune.plans import Geometry, block_parameters, layer_sizes
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sinkprune.models.caches import Cache
 from sinkprune.models.common import AttentionCore, NativeLM
 from sinkprune.models.modules import KeyValueCache, Rotary
-from sinkprune.models.rotary import apply_rotary
+from sinkprune.ops import elementwise
 
 
 class BidirectionalAttention(AttentionCore):
@@ -39,7 +39,7 @@ class BidirectionalAttention(AttentionCore):
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in self.project(x))
         if cache is not None:
             k, v = cache(k, v)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, *(cached_rotary or (cos, sin)))
+        q, k = elementwise.rope_qk(q, k, cos, sin, *(cached_rotary or ()))
         return self.attend(q, k, v, key_padding_mask=key_padding_mask)
 
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune.models.caches import Cache, key_positions
-from sinkprune.models.common import DLMOutput, NativeLM, PublishedConfig, RMSNorm
+from sinkprune.models.common import DLMOutput, NativeLM, PublishedConfig
 from sinkprune.models.modules import KeyValueCache
+from sinkprune.models.norm import RMSNorm, add_and_norm
 
 
 @dataclass(kw_only=True)
@@ -88,8 +89,9 @@ class BlockCausalLayer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, **seen: Any
     ) -> Tensor:
-        x = x + getattr(self, self.ATTENTION)(self.input_layernorm(x), cos, sin, cache=cache, **seen)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = getattr(self, self.ATTENTION)(self.input_layernorm(x), cos, sin, cache=cache, **seen)
+        normed, x = add_and_norm(x, attended, self.post_attention_layernorm)
+        return x + self.mlp(normed)
 
 
 class BlockCausalLM(NativeLM):

@@ -1,4 +1,4 @@
-"""What all native models share: reading a published configuration, norm, MLP, and RoPE tables."""
+"""What all native models share: reading a published configuration, attention, MLP, and RoPE tables."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
 from sinkprune.models.modules import AttentionCall, AttentionObserver
 from sinkprune.models.rotary import rotary_table
+from sinkprune.ops import elementwise
 
 Config = TypeVar("Config", bound="PublishedConfig")
 # Keys that change what is computed, of no native family: packed weights, and other rotary tables.
@@ -103,19 +103,6 @@ class PublishedConfig:
         return rotary_table(positions, self.rotary_width, self.rope_theta)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32 over the last dimension, then a gain."""
-
-    def __init__(self, width: int, eps: float, affine: bool = True) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
-        return normed if self.weight is None else normed * self.weight
-
-
 class AttentionCore(nn.Module):
     """A dense attention from projected heads on. ``kept_heads`` (an int tensor or None for all) skips heads,
     ``observer`` sees every call."""
@@ -154,7 +141,8 @@ class GatedMLP(nn.Module):
         self.kept_channels: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(skip_channels(F.silu(self.gate_proj(x)) * self.up_proj(x), self.kept_channels))
+        hidden = elementwise.swiglu(self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(skip_channels(hidden, self.kept_channels))
 
 
 @dataclass

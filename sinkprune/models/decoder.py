@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sinkprune.models.block_causal import BlockCausalConfig, BlockCausalLayer, BlockCausalLM
-from sinkprune.models.common import AttentionCore, GatedMLP, RMSNorm
+from sinkprune.models.common import AttentionCore, GatedMLP
 from sinkprune.models.modules import KeyValueCache
-from sinkprune.models.rotary import apply_rotary
+from sinkprune.models.norm import RMSNorm, norm_and_rotate
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,7 @@ class DecoderAttention(AttentionCore):
     ) -> Tensor:
         projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q, k = norm_and_rotate(q, k, cos, sin, self.q_norm, self.k_norm)
         if cache is not None:
             k, v = cache(k, v)
         return self.o_proj(self.attend(q, k, v, **seen))

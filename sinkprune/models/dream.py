@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from sinkprune.models.bidirectional import BidirectionalAttention, BidirectionalLM
 from sinkprune.models.caches import Cache, key_positions
-from sinkprune.models.common import DLMOutput, GatedMLP, PublishedConfig, RMSNorm
+from sinkprune.models.common import DLMOutput, GatedMLP, PublishedConfig
 from sinkprune.models.features import LayerParts
 from sinkprune.models.modules import KeyValueCache, Rotary
+from sinkprune.models.norm import RMSNorm, add_and_norm
 
 
 @dataclass(kw_only=True)
@@ -118,10 +119,11 @@ class DreamLayer(nn.Module):
         cache: KeyValueCache | None = None,
         cached_rotary: Rotary | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(
+        attended = self.self_attn(
             self.input_layernorm(x), cos, sin, key_padding_mask, cache=cache, cached_rotary=cached_rotary
         )
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed, x = add_and_norm(x, attended, self.post_attention_layernorm)
+        return x + self.mlp(normed)
 
     def parts(self) -> LayerParts:
         """What a cache runs by itself."""

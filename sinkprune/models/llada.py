@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from sinkprune.models.bidirectional import BidirectionalAttention, BidirectionalLM
 from sinkprune.models.caches import Cache, key_positions
-from sinkprune.models.common import DLMOutput, PublishedConfig, RMSNorm, skip_channels
+from sinkprune.models.common import DLMOutput, PublishedConfig, skip_channels
 from sinkprune.models.features import LayerParts
 from sinkprune.models.modules import KeyValueCache, Rotary, SinkPrunedAttention
+from sinkprune.models.norm import RMSNorm, add_and_norm
+from sinkprune.ops import elementwise
 
 
 @dataclass(kw_only=True)
@@ -127,11 +129,12 @@ class LLaDABlock(BidirectionalAttention):
         cached_rotary: Rotary | None = None,
     ) -> Tensor:
         attend = self._dense_attention if self.attention is None else self.attention
-        x = x + attend(
+        attended = attend(
             self.attn_norm(x), cos, sin, key_padding_mask, cache=cache, cached_rotary=cached_rotary
         )
         feed = self._feed if self.mlp is None else self.mlp
-        return x + feed(self.ff_norm(x))
+        normed, x = add_and_norm(x, attended, self.ff_norm)
+        return x + feed(normed)
 
     def parts(self) -> LayerParts:
         """What a cache runs by itself."""
@@ -162,7 +165,8 @@ class LLaDABlock(BidirectionalAttention):
         return self.attn_out(self.attended_heads(x, cos, sin, key_padding_mask, cache, cached_rotary))
 
     def _feed(self, x: Tensor) -> Tensor:
-        return self.ff_out(skip_channels(F.silu(self.ff_proj(x)) * self.up_proj(x), self.kept_channels))
+        hidden = elementwise.swiglu(self.ff_proj(x), self.up_proj(x))
+        return self.ff_out(skip_channels(hidden, self.kept_channels))
 
 
 class LLaDA(BidirectionalLM):

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune.models.block_causal import BlockCausalConfig, BlockCausalLayer, BlockCausalLM
-from sinkprune.models.common import AttentionCore, GatedMLP, RMSNorm
+from sinkprune.models.common import AttentionCore, GatedMLP
 from sinkprune.models.modules import KeyValueCache
-from sinkprune.models.rotary import apply_rotary
+from sinkprune.models.norm import RMSNorm, norm_and_rotate
 
 
 @dataclass(kw_only=True)
@@ -100,8 +100,7 @@ class LLaDA2Attention(AttentionCore):
     ) -> Tensor:
         heads = self.query_key_value(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split(self.split, dim=1)
-        q = apply_rotary(self.query_layernorm(q), cos, sin)
-        k = apply_rotary(self.key_layernorm(k), cos, sin)
+        q, k = norm_and_rotate(q, k, cos, sin, self.query_layernorm, self.key_layernorm)
         if cache is not None:
             k, v = cache(k, v)
         return self.dense(self.attend(q, k, v, **seen))

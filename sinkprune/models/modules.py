@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
-from sinkprune.models.rotary import apply_rotary
-from sinkprune.ops import native
+from sinkprune.models.norm import norm_and_rotate
+from sinkprune.ops import elementwise, native
 
 
 class AttentionCall(NamedTuple):
@@ -194,11 +194,16 @@ class SinkPrunedAttention(nn.Module):
         """
         if self.num_heads == 0:
             return self.o_proj(x.new_zeros(*x.shape[:-1], 0))
-        q, k, v = self.project(x, cos, sin, rotate_keys=cached_rotary is None)
-        if cache is not None:
-            k, v = cache(k, v)
-        if cached_rotary is not None:
-            k = apply_rotary(k, *cached_rotary)
+        q, k, v = self.project(x)
+        if cached_rotary is None:
+            q, k = self.turn(q, k, cos, sin)
+            k, v = (k, v) if cache is None else cache(k, v)
+        else:
+            if cos is None or sin is None:
+                raise ValueError("cached_rotary needs cos and sin, of the queries, beside it; got none")
+            q, k = self.turn(q, k, None, None)
+            k, v = (k, v) if cache is None else cache(k, v)
+            q, k = elementwise.rope_qk(q, k, cos, sin, *cached_rotary)
         out, lse = ops.attention(
             q,
             k,
@@ -215,25 +220,18 @@ class SinkPrunedAttention(nn.Module):
             self.observer(AttentionCall(q, k, lse, None, self.kv_head_of, *seen))
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def project(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, *, rotate_keys: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query ``[B, n, L, D]``, key and value ``[B, m, L, D]``: projected, normed and rotated."""
-        turning = self.num_heads + self.num_kv_heads
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query ``[B, n, L, D]``, key and value ``[B, m, L, D]`` of ``x`` ``[B, L, hidden]``."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        qk, v = heads[:, :turning], heads[:, turning:]
-        if self.q_norm is None and self.k_norm is None and rotate_keys:  # one rotation for both
-            if cos is not None and sin is not None:
-                qk = apply_rotary(qk, cos, sin)
-            q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
-            return q, k, v
-        q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
-        if cos is not None and sin is not None:
-            q = apply_rotary(q, cos, sin)
-            k = apply_rotary(k, cos, sin) if rotate_keys else k
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         return q, k, v
+
+    def turn(self, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys normed, where the layer has norms, and rotated, where there are angles."""
+        if cos is not None and sin is not None:
+            return norm_and_rotate(q, k, cos, sin, self.q_norm, self.k_norm)
+        q = q if self.q_norm is None else self.q_norm(q)
+        return q, k if self.k_norm is None else self.k_norm(k)
 
     def values(self, x: Tensor) -> Tensor:
         """The kept value heads side by side, ``[B, L, m * head_dim]``, without the queries and keys."""
@@ -271,7 +269,7 @@ class CompactMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(elementwise.swiglu(gate, up))
 
     def unpacked(self) -> dict[str, dict[str, Tensor]]:
         """As ``SinkPrunedAttention.unpacked``: gate, up, down."""

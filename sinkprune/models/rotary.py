@@ -56,18 +56,3 @@ def yarn_frequencies(
     slowed = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - first) / width).clamp(0, 1)
     series = _series(dim, theta, device)
     return series / factor * slowed + series * (1 - slowed)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading features of ``x`` in float32 and return them in ``x``'s dtype.
-
-    Args:
-        x: ``[B, H, L, D]``.
-        cos, sin: float32, broadcastable to ``[B, H, L, R]`` with ``R <= D``; features from ``R`` on pass
-            through.
-    """
-    rotated = cos.shape[-1]
-    part = x[..., :rotated].float()
-    first, second = part.chunk(2, dim=-1)
-    turned = (part * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-    return turned if rotated == x.shape[-1] else torch.cat((turned, x[..., rotated:]), dim=-1)

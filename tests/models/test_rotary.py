@@ -4,7 +4,8 @@ import pytest
 import torch
 from toys import one_thread  # noqa: F401
 
-from sinkprune.models.rotary import apply_rotary, rotary_table
+from sinkprune.models.rotary import rotary_table
+from sinkprune.ops.elementwise import apply_rotary
 
 
 def rotated_by_hand(x, positions, theta):
