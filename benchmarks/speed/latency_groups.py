@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sinkprune as sp
+from sinkprune import ops
 from sinkprune.generation.graphs import cuda_capture
 from sinkprune.generation.samplers import transfer_counts
 from sinkprune.models.llada import LLaDA, LLaDAConfig
-from sinkprune.models.norm import RMSNorm
 from sinkprune.models.rotary import rotary_table
-from sinkprune.ops.elementwise import apply_rotary
 from sinkprune.planning.costs import Operation, attention_operations, mlp_operations, step_operations
 from sinkprune.plans import Geometry, block_parameters, layer_sizes
 
@@ -432,44 +432,55 @@ def _materialised(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
 
 
 def elementwise_groups(case: Case, device: str, done: Done = frozenset()) -> Groups:
-    """What lies between the matrix products, as it is and through ``torch.compile``: does fusing pay?"""
+    """What lies between the matrix products: PyTorch's operations, ``torch.compile``, and on CUDA our ops."""
     geometry = geometry_of(case.shape)
     d, channels, dim = geometry.hidden, geometry.channels[0], geometry.head_dim
     rows = case.batch * case.length
     x, y = (torch.randn(case.batch, case.length, d, device=device, dtype=case.dtype) for _ in range(2))
     both = torch.randn(case.batch, case.length, 2 * channels, device=device, dtype=case.dtype)
     turning = geometry.heads[0] + geometry.kv_heads[0]
-    qk = torch.randn(case.batch, turning, case.length, dim, device=device, dtype=case.dtype)
-    norm = RMSNorm(d, 1e-5).to(device, case.dtype)
+    heads = torch.randn(case.batch, case.length, turning, dim, device=device, dtype=case.dtype).transpose(
+        1, 2
+    )
+    q, k = heads.split((geometry.heads[0], geometry.kv_heads[0]), dim=1)
+    weight = torch.ones(d, device=device, dtype=case.dtype)
     cos, sin = rotary_table(torch.arange(case.length, device=device), dim, 1e4)
 
-    def add_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + y
-        return x, norm(x)
+    def add_norm(backend: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.add_rms_norm(x, y, weight, 1e-5, backend=backend)
 
-    def swiglu(both: Tensor) -> Tensor:
-        gate, up = both.chunk(2, dim=-1)
-        return F.silu(gate) * up
+    def rotary(backend: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.rope_qk(q, k, cos, sin, backend=backend)
+
+    def swiglu(backend: str, both: Tensor) -> Tensor:
+        return ops.swiglu(*both.chunk(2, dim=-1), backend=backend)
 
     works: list[tuple[str, Callable[..., Any], tuple[Tensor, ...], int]] = [
         ("residual + RMSNorm", add_norm, (x, y), 4 * rows * d),
-        ("RoPE", apply_rotary, (qk, cos, sin), 2 * rows * turning * dim),
+        ("RoPE", rotary, (q, k), 2 * rows * turning * dim),
         ("SwiGLU", swiglu, (both,), 3 * rows * channels),
     ]
     for name, function, arguments, elements in works:
         if (f"elementwise: {name}", "eager") in done:
             continue
-        fused = torch.compile(function)
-        results = (function(*arguments), fused(*arguments))
-        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
-            if not torch.allclose(a.float(), b.float(), atol=2e-2, rtol=2e-2):
-                raise CheckFailed(f"compiled {name} differs from eager")
+        eager = partial(function, "reference")
+        forms = {"torch.compile": torch.compile(eager)} | (
+            {"ops": partial(function, "auto")} if device == "cuda" else {}
+        )
+        for form, run in forms.items():
+            results = (eager(*arguments), run(*arguments))
+            for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
+                if not torch.allclose(a.float(), b.float(), atol=2e-2, rtol=2e-2):
+                    raise CheckFailed(f"{name} by {form} differs from eager")
         moved = [Operation(name, 0, elements)]
         yield (
             f"elementwise: {name}",
             [
-                Variant("eager", 0.0, lambda f=function, a=arguments: f(*a), moved),
-                Variant("torch.compile", 0.0, lambda f=fused, a=arguments: f(*a), moved, compiled=True),
+                Variant("eager", 0.0, partial(eager, *arguments), moved),
+                *(
+                    Variant(form, 0.0, partial(run, *arguments), moved, compiled=form == "torch.compile")
+                    for form, run in forms.items()
+                ),
             ],
         )
 

@@ -1,4 +1,5 @@
-"""The operations under everything else, through one dispatch point: attention, column mass, head gathering.
+"""The operations under everything else, through one dispatch point: attention, column mass, head gathering,
+and what lies between a layer's products (`elementwise`).
 
 `attention` and `column_mass` accept any strides with a contiguous last dimension, on CPU and CUDA.
 ``backend`` names the code that runs:
@@ -37,10 +38,11 @@ from sinkprune.ops._checks import (
     check_queries_keys,
     check_visibility,
 )
+from sinkprune.ops.elementwise import add_rms_norm, rms_norm, rope_qk, swiglu
 
 __all__ = [
-    "BACKENDS", "BackendUnavailable", "attention", "attention_backend", "base2_lse", "column_mass",
-    "column_mass_backend", "gather_heads", "sink_update",
+    "BACKENDS", "BackendUnavailable", "add_rms_norm", "attention", "attention_backend", "base2_lse",
+    "column_mass", "column_mass_backend", "gather_heads", "rms_norm", "rope_qk", "sink_update", "swiglu",
 ]  # fmt: skip
 LAYOUTS = ("full", "compact")
 

@@ -10,7 +10,7 @@ from kernel_cases import SHAPES, make_case
 from sinkprune import ops
 from sinkprune.evidence.sinks import SinkTracker
 from sinkprune.kernels import reference
-from sinkprune.ops import native
+from sinkprune.ops import elementwise, native
 
 NAMES = ["odd", "kept-ragged-padded", "block-causal-all-positions", "no-head-kept", "no-sample", "one-query"]
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
@@ -62,6 +62,87 @@ def test_opcheck_sink_update(backend, device):
         (torch.rand(rows, 20, device=device), state, sample_of, padding, 20, 4.0, 2.0, *traces, backend),
         test_utils=CHECKS[:2],
     )
+
+
+def elementwise_calls(device, gradients):
+    def made(*shape):
+        return torch.randn(*shape, device=device, requires_grad=gradients)
+
+    q, k = made(2, 5, 4, 16).transpose(1, 2), made(2, 5, 2, 16).transpose(1, 2)
+    table, of_keys = torch.randn(5, 8, device=device), torch.randn(2, 1, 5, 8, device=device)
+    table, of_keys = (table, table + 1), (of_keys, of_keys + 1)
+    op = torch.ops.sinkprune
+    return {
+        "norm": (op.rms_norm.default, (made(3, 5, 32), made(32), 1e-6)),
+        "norm of a view, no gain": (op.rms_norm.default, (made(3, 5, 32).transpose(0, 1), None, 1e-6)),
+        "sum and norm": (op.add_rms_norm.default, (made(3, 5, 32), made(3, 5, 32), made(32), 1e-6)),
+        "rotary": (op.rope_qk.default, (q, k, *table, None, None, None, None, 1e-6)),
+        "normed, other angles for keys": (
+            op.rope_qk.default, (q, k, *table, *of_keys, made(16), made(16), 1e-6),
+        ),
+        "swiglu of halves": (op.swiglu.default, made(3, 5, 32).chunk(2, -1)),
+    }  # fmt: skip
+
+
+CALLS = list(elementwise_calls("cpu", False))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck_elementwise(name, device):
+    op, arguments = elementwise_calls(device, True)[name]
+    torch.library.opcheck(op, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_of_elementwise_ops_are_those_of_pytorch(name, device):
+    op, arguments = elementwise_calls(device, True)[name]
+    public = getattr(elementwise, op._schema.name.split("::")[1])
+    options = {}
+    if public is elementwise.rope_qk:
+        *arguments, q_weight, k_weight, eps = arguments
+        options = {"q_weight": q_weight, "k_weight": k_weight, "eps": eps}
+    inputs = [t for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+    gradients = []
+    for backend in ("reference", "triton"):
+        out = public(*arguments, **options, backend=backend)
+        out = out if isinstance(out, tuple) else (out,)
+        gradients.append(torch.autograd.grad([o.square().sum() for o in out], inputs, retain_graph=True))
+    for expected, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda op, x: op.rms_norm(x, x[0, :5], 1e-6), r"rms_norm needs .* got \(4, 8\).* \(5,\)"),
+        (lambda op, x: op.rms_norm(x.long(), None, 1e-6), "rms_norm needs floats"),
+        (lambda op, x: op.add_rms_norm(x, x[:2], None, 1e-6), "add_rms_norm needs two float tensors alike"),
+        (lambda op, x: op.swiglu(x, x.double()), "swiglu needs two float tensors alike"),
+        (lambda op, x: rope(op, x, x), "rope_qk needs q and k"),
+        (lambda op, x: rope(op, x[None, None], x[None, None], x[:3], x[:3]), "needs two float32 tables"),
+        (lambda op, x: rope(op, x[None, None], x[None, None], x[:, :3], x[:, :3]), "R even"),
+        (lambda op, x: rope(op, x[None, None], x[None, None], gain=x[0]), "two contiguous gains"),
+    ],
+)  # fmt: skip
+def test_elementwise_ops_refuse_what_would_read_beyond_their_tensors(call, message, device):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ops.sinkprune, torch.randn(4, 8, device=device))
+
+
+def rope(op, q, k, cos=None, sin=None, gain=None):
+    table = torch.ones(4, 8, device=q.device)
+    cos, sin = (table if t is None else t for t in (cos, sin))
+    return op.rope_qk(q, k, cos, sin, None, None, gain, None, 1e-6)
+
+
+def test_a_forced_backend_that_cannot_serve_an_elementwise_call_says_why(device):
+    x = torch.randn(2, 8, device=device)
+    with pytest.raises(ops.BackendUnavailable, match="native has no elementwise operations"):
+        elementwise.swiglu(x, x, backend="native")
+    with pytest.raises(ops.BackendUnavailable, match="it has no float64"):
+        elementwise.rms_norm(x.double(), None, 1e-6, backend="triton")
+    with pytest.raises(ops.BackendUnavailable, match="two tensors alike"):
+        elementwise.swiglu(x, x[:1], backend="triton")
 
 
 def test_one_graph_holds_attention_mass_and_the_update(device):
