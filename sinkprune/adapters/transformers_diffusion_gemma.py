@@ -52,6 +52,11 @@ class TransformersDiffusionGemma(TransformersAdapter):
         assert parts is not None
         return parts[1]
 
+    @property
+    def usual_block(self) -> int:
+        """Its canvas."""
+        return int(cast(Any, self.model).config.canvas_length)
+
     def attention_of(self, block: nn.Module) -> nn.Module:
         return cast(nn.Module, block.self_attn)
 

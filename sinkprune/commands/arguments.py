@@ -43,7 +43,7 @@ def add_command(
 
 def add_sampler_flags(sub: argparse.ArgumentParser, gen_length: int) -> None:
     """What ``sampler_options`` reads; ``gen_length`` is the default number of new tokens."""
-    sub.add_argument("--steps", type=int, help="forwards (default: 64, or one a new token if they are fewer)")
+    sub.add_argument("--steps", type=int, help="forwards (default: 64, or as many as tokens and blocks take)")
     sub.add_argument("--gen-length", type=int, default=gen_length, help="new tokens (%(default)s)")
     sub.add_argument("--block-length", type=int, help="tokens of a block (default: one block)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the argmax (default)")
@@ -144,10 +144,9 @@ def calibration_rows(model: Any, tokenizer: Any, options: argparse.Namespace) ->
 
 def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
     """What ``profile`` and ``generate`` tell the sampler."""
-    names = ("gen_length", "block_length", "temperature", "cfg_scale", "seed")
-    steps = min(64, options.gen_length) if options.steps is None else options.steps
+    names = ("steps", "gen_length", "block_length", "temperature", "cfg_scale", "seed")
     told = {} if options.mask_token_id is None else {"mask_token_id": options.mask_token_id}
-    return {"steps": steps} | {name: getattr(options, name) for name in names} | told
+    return {name: getattr(options, name) for name in names} | told
 
 
 def output_folder(path: str) -> Path:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from sinkprune.adapters import adapter_for
 from sinkprune.evaluation.generation_quality import infill
 from sinkprune.evaluation.predictions import Measurement, bound_masks
+from sinkprune.generation.batches import batches_of, part_of
 from sinkprune.generation.denoising import decode, denoise, encode_prompts
 
 try:
@@ -43,7 +44,8 @@ class LMEvalModel(LM):
         batch: sequences per forward.
         check_greedy: also restore the continuation token by token, the surest first, for tasks that ask
             whether it is the greedy one (L more forwards); False answers that it is not.
-        steps, gen_length: of ``generate_until``, whatever number of tokens the task asks for.
+        steps, gen_length: of ``generate_until``, whatever number of tokens the task asks for; steps None =
+            ``denoise``'s.
         mask_token_id: instead of the config's; where that names none, the tokenizer's is taken.
         seed: of the masks, and of the sampler where it draws.
         options: other options of ``denoise``.
@@ -60,7 +62,7 @@ class LMEvalModel(LM):
         draws: int = 128,
         batch: int = 32,
         check_greedy: bool = False,
-        steps: int = 128,
+        steps: int | None = None,
         gen_length: int = 128,
         mask_token_id: int | None = None,
         seed: int = 0,
@@ -107,15 +109,19 @@ class LMEvalModel(LM):
         if room < 1:
             raise ValueError(f"gen_length of {self._gen_length} leaves no room in the context for a prompt")
         device = self._adapter.device
-        results: list[str] = []
-        for first in tqdm(range(0, len(requests), self._batch), desc="generation", disable=disable_tqdm):
-            part = requests[first : first + self._batch]
-            ids, valid = encode_prompts(self._tokenizer, [request.args[0] for request in part])
-            ids, valid = ids[:, -room:].to(device), valid[:, -room:].to(device)
-            *_, final = denoise(self._model, ids, valid, **self._sampler)
-            for request, row in zip(part, final[:, ids.shape[1] :].tolist(), strict=True):
-                results.append(_until(decode(self._tokenizer, row), request.args[1].get("until") or []))
-                self.cache_hook.add_partial("generate_until", request.args, results[-1])
+        if not requests:
+            return []
+        ids, valid = encode_prompts(self._tokenizer, [request.args[0] for request in requests])
+        ids, valid = ids[:, -room:], valid[:, -room:]
+        results = [""] * len(requests)
+        together = batches_of(valid, self._batch, self._adapter.block_size)
+        for samples in tqdm(together, desc="generation", disable=disable_tqdm):
+            rows, mask = (part.to(device) for part in part_of(ids, valid, samples))
+            *_, final = denoise(self._model, rows, mask, **self._sampler)
+            for sample, row in zip(samples, final[:, rows.shape[1] :].tolist(), strict=True):
+                asked = requests[sample].args
+                results[sample] = _until(decode(self._tokenizer, row), asked[1].get("until") or [])
+                self.cache_hook.add_partial("generate_until", asked, results[sample])
         return results
 
     def _bound(self, prompt: list[int], continuation: list[int]) -> float:

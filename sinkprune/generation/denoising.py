@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sinkprune.adapters import Adapter, adapter_for
+from sinkprune.generation.batches import batches_of, part_of
 from sinkprune.generation.graphs import StepGraph
 from sinkprune.generation.samplers import Sampler, make_sampler
 from sinkprune.generation.samplers import transfer_counts as transfer_counts
@@ -69,7 +70,7 @@ def denoise(
         prompt_ids: int64 ``[B, P]``, P >= 1, left-padded where prompts differ in length.
         attention_mask: ``[B, P]``, 1 at valid tokens; None where nothing is padded.
         steps: forwards in total, a multiple of the number of blocks, at most ``gen_length``; not used with a
-            threshold. None means 128, or one a token where those are fewer.
+            threshold. None means 128, or fewer (``usual_steps``).
         gen_length: tokens to fill.
         block_length: tokens of a block, dividing ``gen_length``; None means one block, or those of the model
             or of its published sampler.
@@ -104,7 +105,8 @@ def denoise(
             model does not take, or padding that its blocks can't express.
     """
     adapter = adapter_for(model)
-    steps = min(128, gen_length) if steps is None else steps
+    if steps is None:
+        steps = usual_steps(adapter, gen_length, block_length, at_most=128)
     canvas = _prepare(
         adapter,
         prompt_ids,
@@ -223,14 +225,16 @@ def generate(
 ) -> str | list[str]:
     """Continue ``prompt`` and return the new text (a list for a list of prompts).
 
-    ``callback`` and ``options`` are those of ``denoise``; ``steps`` None means 64, or one a token where those
-    are fewer; where the config names no mask token, the one of
-    ``tokenizer`` is taken. ``progress`` counts tokens, for the number of forwards may depend on the text.
-    Raises ``ValueError`` for an empty prompt, and what ``denoise`` raises.
+    ``callback`` and ``options`` are those of ``denoise``; ``steps`` None means 64, or fewer
+    (``usual_steps``); where the config names no mask token, the one of ``tokenizer`` is taken. ``progress``
+    counts tokens, for the number of forwards may depend on the text. Prompts of a block-causal model run with
+    those whose lengths differ from theirs by whole blocks, the longest first; ``callback`` sees one such
+    group after the other. Raises ``ValueError`` for an empty prompt, and what ``denoise`` raises.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    steps = min(64, gen_length) if steps is None else steps
     adapter = adapter_for(model)
+    if steps is None:
+        steps = usual_steps(adapter, gen_length, options.get("block_length"), at_most=64)
     device = adapter.device
     ids, attention_mask = encode_prompts(tokenizer, prompts)
     options["mask_token_id"] = adapter.mask_id(options.get("mask_token_id"), tokenizer)
@@ -242,17 +246,25 @@ def generate(
             if callback is not None:
                 callback(step)
 
-        *_, final = denoise(
-            model,
-            ids.to(device),
-            attention_mask.to(device),
-            steps=steps,
-            gen_length=gen_length,
-            callback=report,
-            **options,
-        )
-    texts = [decode(tokenizer, row[ids.shape[1] :].tolist()) for row in final]
+        texts = [""] * len(ids)
+        lengths = attention_mask.sum(1).tolist()
+        together = batches_of(attention_mask, len(ids), adapter.block_size)
+        for samples in sorted(together, key=lambda group: -max(lengths[i] for i in group)):
+            rows, mask = (part.to(device) for part in part_of(ids, attention_mask, samples))
+            *_, final = denoise(
+                model, rows, mask, steps=steps, gen_length=gen_length, callback=report, **options
+            )
+            for sample, row in zip(samples, final[:, rows.shape[1] :].tolist(), strict=True):
+                texts[sample] = decode(tokenizer, row)
     return texts[0] if isinstance(prompt, str) else texts
+
+
+def usual_steps(adapter: Adapter, gen_length: int, block_length: int | None = None, *, at_most: int) -> int:
+    """Forwards where none are asked for: as many for each block, at least one, no more than tokens, and
+    ``at_most`` in all where there are not more blocks than that."""
+    block = block_length or adapter.block_size or min(adapter.usual_block or gen_length, gen_length)
+    blocks = max(1, -(-gen_length // max(1, block)))
+    return max(1, min(at_most, gen_length) // blocks) * blocks
 
 
 def encode_prompts(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -362,7 +374,7 @@ def _check_padding(attention_mask: Tensor, block: int) -> None:
     if any(count % block for count in padding):
         raise ValueError(
             f"a block-causal model with blocks of {block} takes prompts whose lengths differ by multiples of "
-            f"that, got padding of {padding}: generate them one at a time"
+            f"that, got padding of {padding}: sp.generate runs them in groups"
         )
 
 

@@ -12,7 +12,8 @@ from sinkprune.adapters import adapter_for
 from sinkprune.evidence.profiles import SinkProfile
 from sinkprune.evidence.sinks import SinkGate, SinkStatistics
 from sinkprune.evidence.tracking import track
-from sinkprune.generation.denoising import denoise, encode_prompts
+from sinkprune.generation.batches import batches_of, part_of
+from sinkprune.generation.denoising import denoise, encode_prompts, usual_steps
 
 
 def profile(
@@ -34,8 +35,8 @@ def profile(
         model: of a known family.
         prompts: strings (with ``tokenizer``), or ids int64 ``[S, P]``.
         attention_mask: ``[S, P]``, 1 at valid tokens, of ids that are padded on the left.
-        steps, gen_length: of the sampler; steps None means 64, or one a token where those are fewer;
-            ``options`` are the rest of ``denoise``'s.
+        steps, gen_length: of the sampler; steps None means 64, or fewer (``usual_steps``); ``options`` are
+            the rest of ``denoise``'s.
         batch: trajectories that run together; prompts of a block-causal model only with those whose lengths
             differ from theirs by whole blocks.
         gate: when a sink counts as standing out.
@@ -60,19 +61,18 @@ def profile(
         raise ValueError(f"batch must be at least 1, got {batch}")
     adapter = adapter_for(model)
     device = adapter.device
-    steps = min(64, gen_length) if steps is None else steps
-    batches = _batches(valid, batch, adapter.block_size)
+    if steps is None:
+        steps = usual_steps(adapter, gen_length, options.get("block_length"), at_most=64)
+    batches = batches_of(valid, batch, adapter.block_size)
     parts: list[SinkStatistics] = []
     padding: list[Tensor] = []  # on the left of each sample, so that positions count from its first token
     with tqdm(total=steps * len(batches), desc="profiling", unit="step", disable=not progress) as bar:
         for samples in batches:
-            rows, mask = ids[samples].to(device), valid[samples].to(device)
-            narrow = int(mask.any(0).float().argmax())  # padding that this part of the batch does not need
+            rows, mask = (part.to(device) for part in part_of(ids, valid, samples))
             room = steps + gen_length  # a threshold, or a prompt within a block, takes other than `steps`
             with track(
                 model, samples=len(rows), gate=gate, trace=True, max_steps=room, this_thread=True
             ) as tracker:
-                rows, mask = rows[:, narrow:], mask[:, narrow:]
                 stream = adapter.sample(rows, mask, steps, gen_length, options)
                 if stream is None:
                     mask_id = adapter.mask_id(options.get("mask_token_id"), tokenizer)
@@ -105,15 +105,6 @@ def profile(
         result.trace_positions = _kept_columns(result.trace_positions.transpose(0, 1), heads).transpose(0, 1)
         result.trace_mass = _kept_columns(result.trace_mass.transpose(0, 1), heads).transpose(0, 1)
     return result
-
-
-def _batches(valid: Tensor, batch: int, block: int | None) -> list[list[int]]:
-    """Samples of ``valid`` ``[S, P]`` that run together, at most ``batch``; the first sample is in the first.
-    With a ``block``, those whose lengths are alike modulo it."""
-    groups: dict[int, list[int]] = {}
-    for sample, length in enumerate((valid != 0).sum(1).tolist()):
-        groups.setdefault(0 if block is None else length % block, []).append(sample)
-    return [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
 
 
 def _kept_columns(values: Tensor, heads: list[list[int]]) -> Tensor:

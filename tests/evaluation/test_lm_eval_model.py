@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from block_causals import toy_sdar
 from toys import MASK, WordTokenizer, forward_of, one_thread, tokens, toy  # noqa: F401
 
 import sinkprune as sp
@@ -154,6 +155,18 @@ def test_a_local_task_from_end_to_end(model, tmp_path):
     expected = [row["text"].split(" " + stop)[0] for row in rows]
     assert [sample["resps"][0][0] for sample in result["samples"]["write"]] == expected
     assert expected[0] != rows[0]["text"]
+
+
+@pytest.mark.parametrize("make", [toy, toy_sdar])
+def test_text_after_prompts_of_any_lengths_is_what_each_gets_alone(make):
+    model = make()
+    texts = [words(tokens(n, seed=n)) for n in (9, 2, 13, 6, 70, 3, 17, 5)]
+    judge = LMEvalModel(model, WordTokenizer(), gen_length=12, batch=3)
+    got = judge.generate_until(ask("generate_until", *((text, {}) for text in texts)), disable_tqdm=True)
+    kept = [" ".join(text.split()[-(64 - 12) :]) for text in texts]  # the context's room
+    alone = {"steps": 12, "gen_length": 12, "seed": 0}
+    assert got == [sp.generate(model, WordTokenizer(), text, **alone) for text in kept]
+    assert judge.generate_until([], disable_tqdm=True) == []
 
 
 def test_bad_arguments_are_refused(model):
