@@ -9,6 +9,7 @@ from block_causals import straight_llada2, straight_sdar, toy_llada2, toy_sdar
 from layer_twins import llada2_twin, llada_moe_twin, sdar_twin
 from toys import assert_same_tensors, bits, manual_plan, one_thread, tokens  # noqa: F401
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sinkprune as sp
 
@@ -83,6 +84,36 @@ def test_they_equal_the_native_models_and_share_their_plans(twin, native):
     sp.apply(own, plan)
     sp.apply(model, plan)
     close(adapters[0].predict(ids, valid)[rows], adapters[1].predict(ids, valid)[rows])
+
+
+class ThroughTheRegistry(layer_twins.LLaDA2AttentionTwin):
+    """As newer published copies: the attention call goes through transformers' functions by name."""
+
+    def forward(self, x, position_ids, attention_mask=None, past_key_value=None, **keywords):
+        batch, length, _ = x.shape
+        counts = [self.num_heads, self.num_key_value_heads, self.num_key_value_heads]
+        heads = self.query_key_value(x).view(batch, length, sum(counts), self.head_dim)
+        q, k, v = (t.transpose(1, 2) for t in heads.split(counts, dim=-2))
+        q, k = self.query_layernorm(q), self.key_layernorm(k)
+        q, k = (
+            layer_twins.part_turned(t, position_ids, self.rope_dim, self.config.rope_theta) for t in (q, k)
+        )
+        out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](self, q, k, v, attention_mask, dropout=0.0)
+        return self.dense(out.reshape(batch, length, -1)), None, past_key_value
+
+
+@pytest.mark.parametrize("mode", ["mask", "compact"])
+def test_a_llada2_whose_attention_is_a_registered_function_is_pruned_like_any_other(mode):
+    model, other, ids = llada2_twin(), llada2_twin(), tokens(2, 11)
+    for layer in other.model.layers:
+        layer.attention.__class__ = ThroughTheRegistry
+    close(call(other, ids), call(model, ids))
+    plan = sp.plan(other, criterion="magnitude", ratio=0.3)
+    for pruned in (model, other):
+        sp.apply(pruned, plan, mode=mode)
+    close(call(other, ids), call(model, ids))
+    dense = llada2_twin()
+    close(call(other, ids), call(zeroed_by_hand(dense, [layer.kept_heads for layer in plan.layers]), ids))
 
 
 @pytest.mark.parametrize("mode", ["mask", "compact"])

@@ -1,11 +1,21 @@
 """Live LLaDA objects: pruned in place, the upstream code's signatures, caches and masks still working."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from toys import assert_same_tensors, bits, manual_plan, one_thread, straight_forward, tokens, toy  # noqa: F401
+from toys import (  # noqa: F401
+    assert_same_tensors,
+    bits,
+    manual_plan,
+    one_thread,
+    published_config,
+    straight_forward,
+    tokens,
+    toy,
+)
 from upstream_twins import LLaDAConfigTwin, LLaDATwin, llada_config, llada_twin
 
 import sinkprune as sp
@@ -55,6 +65,21 @@ def test_the_twin_is_a_llada_and_is_recognised_by_its_structure():
     assert sp.adapter_for(model).geometry() == sp.adapter_for(native).geometry()
     assert sp.adapter_for(model).fingerprint() == sp.adapter_for(native).fingerprint()
     assert sp.adapter_for(model).mask_token_id == 60
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_kv_heads": 2}, {"n_kv_heads": None, "multi_query_attention": True}]
+)
+def test_an_inner_model_that_holds_a_hugging_face_config_works_in_every_verb(changes):
+    """It has the published keys, and nothing that is worked out from them."""
+    kv_heads = 1 if "multi_query_attention" in changes else changes.get("n_kv_heads", 4)
+    model, ids = llada_twin(n_kv_heads=kv_heads), tokens(2, 11)
+    expected = zeroed_by_hand(model, HEADS)(ids).logits
+    model.model.config = SimpleNamespace(**published_config(**changes))
+    assert sp.adapter_for(model).geometry().kv_heads == (kv_heads,) * 3
+    profile = sp.profile(model, ids, steps=2, gen_length=2)
+    assert sp.plan(model, profile, "sink_variance", ratio=0.4).heads_removed == 5
+    close(sp.apply(model, manual_plan(model, HEADS))(ids).logits, expected)
 
 
 @pytest.mark.parametrize("mode", ["mask", "compact"])

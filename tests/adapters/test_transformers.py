@@ -17,9 +17,10 @@ from hf import (
     valid_logits,
     zeroed_by_hand,
 )
-from toys import assert_same_tensors, bits, manual_plan, one_thread  # noqa: F401
+from toys import assert_same_tensors, bits, manual_plan, one_thread, tokens  # noqa: F401
 
 import sinkprune as sp
+from sinkprune.planning.criteria import criterion_for, criterion_names
 
 ALL = [[0, 1, 2, 3]] * 3
 UNEVEN = [[0, 2], [1], [0, 1, 3]]
@@ -282,6 +283,23 @@ def test_diffusion_gemma_is_masked_profiled_saved_and_restored_but_not_compacted
     profile = sp.profile(model, torch.randint(3, 50, (2, 6)), steps=3, gen_length=8)
     assert profile.statistics["steps_counted"].max() == 3
     assert sp.plan(model, profile, "sink_variance", ratio=0.4).heads_removed == 5
+
+
+def test_every_rule_plans_diffusion_gemma_or_is_refused_and_no_hook_stays():
+    """It can't be calibrated, since it has no logits of a masked sequence: rules of rows say so."""
+    model = diffusion_gemma()
+    before = canvas_logits(model)
+    rows = sp.calibrate(model, tokens(200), length=16, sequences=4, mask_token_id=56)
+    profile = sp.profile(model, torch.randint(3, 50, (2, 6)), steps=2, gen_length=8)
+    for name in criterion_names():
+        try:
+            plan = sp.plan(model, profile, name, ratio=0.3, calibration=rows)
+        except ValueError as refused:
+            assert criterion_for(name).needs_calibration and "denoises a canvas" in str(refused)
+        else:
+            assert not criterion_for(name).needs_calibration and plan.heads_removed == 4
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(canvas_logits(model), before)
 
 
 def test_our_package_does_not_import_transformers_before_the_user_does():

@@ -1,6 +1,7 @@
 """The command line on the embedded model: every verb works; bad input gets one clear line and exit code 2."""
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -228,6 +229,29 @@ def test_doctor_says_what_a_model_was_recognised_as(tmp_path, capsys):
     run("doctor", tmp_path, "--json")
     facts = json.loads(capsys.readouterr().out)
     assert facts["family"] == "unknown" and "mystery" in facts["refused"]
+
+
+@pytest.mark.parametrize("address", ["sinkprune", "sinkprune.cli"])
+def test_the_command_line_runs_as_a_module(address, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [address, "generate", "tiny", "The Congress", "--gen-length", "0"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(address, run_name="__main__")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "sinkprune generate: error: gen_length must be at least 1, got 0"
+
+
+def test_the_given_mask_token_is_what_is_written_over(capsys):
+    """By a verb that writes and by one that reads; an id outside the vocabulary is one line."""
+    model, tokenizer = sp.load("tiny")
+    sizes = {"gen_length": 8, "steps": 4}
+    arguments = ["generate", "tiny", "The Congress", "--gen-length", "8", "--steps", "4", "--json"]
+    for given in (model.config.mask_token_id, 5):
+        run(*arguments, "--mask-token-id", given)
+        text = sp.generate(model, tokenizer, "The Congress", mask_token_id=given, **sizes)
+        assert json.loads(capsys.readouterr().out)["text"] == text
+    size = sp.adapter_for(model).geometry().vocabulary
+    assert f"one of the vocabulary's {size} ids" in refused(capsys, *arguments, "--mask-token-id", size)
 
 
 def test_help_is_light():

@@ -7,6 +7,7 @@ from toys import (  # noqa: F401
     published_config,
     published_tensors,
     straight_forward,
+    toy,
     write_checkpoint,
 )
 
@@ -52,6 +53,17 @@ def test_padding_is_honoured_on_both_sides(tmp_path, side):
     # and a padded sequence gives what it gives alone, RoPE being relative
     alone = model(ids[1:, seen]).logits.double()
     torch.testing.assert_close(got[1][seen], alone[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_under_autocast_logits_are_those_of_float32_to_its_rounding(changes):
+    """Norms of queries and keys stay in float32 there, and values do not."""
+    model, config = toy(**changes), published_config(**changes)
+    ids = torch.randint(1, 60, (2, 11), generator=torch.Generator().manual_seed(2))
+    expected = straight_forward(config, model.state_dict(), ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        got = model(ids).logits.double()
+    assert 0 < (got - expected).norm() / expected.norm() < 0.02
 
 
 def test_state_dict_has_the_published_names(tmp_path):
