@@ -102,7 +102,7 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -
     plan = form = None
     if manifest is not None and manifest["form"] != "dense":
         plan, form = PrunePlan.from_dict(manifest["plan"]), manifest["form"]
-        if plan.geometry != adapter_for(model).geometry():
+        if not plan.geometry.agrees(adapter_for(model).geometry()):
             raise ValueError(f"{folder}: the plan in {MANIFEST} does not fit config.json")
         if form == "compact":
             lay_out(model, plan)

@@ -43,7 +43,7 @@ def rebuilt(
     """
     model = lay_out_config(config)
     if plan is not None:
-        if plan.geometry != adapter_for(model).geometry():
+        if not plan.geometry.agrees(adapter_for(model).geometry()):
             raise ValueError("the plan does not fit the config that comes with it")
         lay_out(model, plan)
     tree = LLADA if any(name.startswith(LLADA.embedding) for name in tensors) else LLAMA

@@ -120,7 +120,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _require_geometry(adapter: Adapter, plan: PrunePlan) -> None:
-    if plan.geometry != adapter.geometry():
+    if not plan.geometry.agrees(adapter.geometry()):
         raise ValueError(
             f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}"
         )

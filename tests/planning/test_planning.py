@@ -298,7 +298,7 @@ def change(*path, value):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("schema", value=99), "expected a prune plan of schema 1, got .*99"),
+        (change("schema", value=99), "expected a prune plan of schema 1 or 2, got .*99"),
         (change("kind", value="sink_profile"), "got kind='sink_profile'"),
         (change("layers", value=KeyError), "malformed prune plan"),
         (change("layers", value=None), "malformed prune plan"),
