@@ -372,6 +372,14 @@ def tensors_of(linears: dict[str, nn.Module], layer: int) -> dict[str, Any]:
     return found
 
 
+def split_fused(found: dict[str, Any], rows: tuple[int, int, int]) -> None:
+    """Put the ``rows`` of q, k and v in the place of ``qkv`` in what ``tensors_of`` found."""
+    for suffix in ("", "_bias"):
+        fused = found.pop(f"qkv{suffix}")
+        parts = (None,) * 3 if fused is None else fused.split(rows)
+        found |= {f"{role}{suffix}": part for role, part in zip("qkv", parts, strict=True)}
+
+
 def _storage(weight: Tensor) -> Any:
     return weight.data_ptr() if weight.numel() and not weight.is_meta else id(weight)
 

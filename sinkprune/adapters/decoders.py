@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sinkprune.adapters.base import AttentionWeights, Facts, modules_of, register_adapter, tensors_of
+from sinkprune.adapters.base import Facts, register_adapter
 from sinkprune.adapters.native import NativeBlockCausal
-from sinkprune.models.block_causal import positions_of
 from sinkprune.models.caches import Cache
-from sinkprune.models.decoder import Decoder, DecoderAttention, DecoderConfig
+from sinkprune.models.decoder import Decoder, DecoderConfig
 from sinkprune.models.fast_dllm import FastDLLMConfig
 from sinkprune.models.nemotron_diffusion import NemotronDiffusionConfig
 from sinkprune.models.sdar import SDARConfig
@@ -20,63 +19,29 @@ from sinkprune.models.wedlm import WeDLMConfig
 
 
 class NativeDecoder(NativeBlockCausal):
-    """Compact modules take the place of ``layer.self_attn`` and ``layer.mlp``.
+    """Who sees whom is what the config's ``VARIES.sees`` says; ``predict(rows=…)`` takes the tokens before
+    the first of ``rows`` as context where that matters."""
 
-    Who sees whom is what the config's ``VARIES.sees`` says; ``predict(rows=…)`` takes the tokens before the
-    first of ``rows`` as context where that matters.
-    """
+    MODEL = Decoder
+    norm_names = ("q_norm", "k_norm")
 
-    model: Decoder
-    CONFIG: ClassVar[type[DecoderConfig]]
-    ATTENTION: ClassVar[dict[str, str]] = {role: f"self_attn.{role}_proj" for role in "qkvo"}
-
-    @classmethod
-    def recognises(cls, model: nn.Module) -> bool:
-        return isinstance(model, Decoder) and type(model.config) is cls.CONFIG
-
-    def channels_of(self, layer: int) -> int:
-        return self.model.config.intermediate_size
-
-    def attention_weights(self, layer: int) -> AttentionWeights:
-        dense = cast(DecoderAttention, self.attention_of(layer))
-        tensors = tensors_of(modules_of(self.layer_of(layer), self.ATTENTION), layer)
-        return AttentionWeights(**tensors, q_norm=dense.q_norm, k_norm=dense.k_norm)
-
-    def predict(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
-    ) -> Tensor:
-        positions = None
-        if attention_mask is not None and self.block_size is not None:
-            positions = positions_of(attention_mask)
-        return self._run(input_ids, attention_mask, rows, positions, None, 0)
-
-    def predict_window(
+    def _logits(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         rows: slice,
-        positions: Tensor,
-        cache: Cache,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        return self._run(input_ids, attention_mask, rows, positions, cache, cache.window[0])
-
-    def _run(
-        self,
-        ids: Tensor,
-        valid: Tensor | None,
-        rows: slice,
-        positions: Tensor | None,
-        cache: Cache | None,
-        first: int,
-    ) -> Tensor:
-        """Logits of ``rows`` of ids ``[B, L]``, which are the tokens from ``first`` on."""
-        order = self._order(ids, rows, first)
-        wanted = torch.arange(ids.shape[1], device=ids.device)[rows]
+        """Logits of ``rows`` of ids ``[B, L]``, which are the tokens from the window's first on."""
+        order = self._order(input_ids, rows, 0 if cache is None else cache.window[0])
+        wanted = torch.arange(input_ids.shape[1], device=input_ids.device)[rows]
         if self.shift:
             wanted = (wanted - 1).clamp(min=0)
         elif self.seeds and rows.start:  # the context's last row is about the first of ``rows``
             wanted = torch.cat((wanted[:1] - 1, wanted[1:]))
-        return self.model(ids, valid, wanted, positions=positions, order=order, cache=cache).logits
+        output = self.model(input_ids, attention_mask, wanted, positions=positions, order=order, cache=cache)
+        return cast(Tensor, output.logits)
 
     def _order(self, ids: Tensor, rows: slice, first: int) -> Tensor | None:
         """Order int64 ``[B, L]`` by which tokens see those before them; None where blocks say it."""

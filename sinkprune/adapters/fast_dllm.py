@@ -7,8 +7,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from sinkprune.adapters.base import Facts, register_adapter
-from sinkprune.adapters.dream import shifted_rows
 from sinkprune.adapters.live_layers import BlockCausalLayers, layers_of
+from sinkprune.adapters.native import shifted_rows
 
 
 @register_adapter

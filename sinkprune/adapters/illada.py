@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
 from sinkprune.adapters.base import Facts, register_adapter
-from sinkprune.adapters.dream import NativeDream
 from sinkprune.adapters.live_layers import LiveLayers, calls_attention, layers_of
-from sinkprune.models.dream import DreamConfig
+from sinkprune.adapters.native import NativeAdapter
+from sinkprune.models.dream import Dream
 from sinkprune.models.illada import ILLaDAConfig
 
 
 @register_adapter
-class NativeILLaDA(NativeDream):
+class NativeILLaDA(NativeAdapter):
     """Dream's modules without biases; a row of logits is about its own token."""
 
     family = "illada"
     facts = Facts("iLLaDA-8B", export="yes; heads with a modelling file of ours")
-    shift = 0
-    CONFIG: ClassVar[type[DreamConfig]] = ILLaDAConfig
+    MODEL, CONFIG = Dream, ILLaDAConfig
 
 
 _COUNTS = ("num_heads", "num_key_value_heads", "num_key_value_groups", "head_dim", "hidden_size")

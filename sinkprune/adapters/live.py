@@ -29,6 +29,7 @@ from sinkprune.adapters.base import (
     is_compiled,
     require_eval,
     require_repackable,
+    split_fused,
     tensors_of,
 )
 from sinkprune.models.modules import AttentionCall, AttentionObserver
@@ -188,11 +189,7 @@ class LiveAdapter(Adapter):
             geometry = self.geometry()
             kept = self.kept_heads(layer) if self.form == "compact" else list(range(geometry.heads[layer]))
             width = geometry.head_dim * len(geometry.kv_heads_used(layer, kept))
-            for suffix in ("", "_bias"):
-                fused = found.pop(f"qkv{suffix}")
-                sizes = (geometry.head_dim * len(kept), width, width)
-                parts = (None,) * 3 if fused is None else fused.split(sizes)
-                found |= {f"{role}{suffix}": part for role, part in zip("qkv", parts, strict=True)}
+            split_fused(found, (geometry.head_dim * len(kept), width, width))
         q_norm, k_norm = self.norms(layer)
         return AttentionWeights(**found, q_norm=q_norm, k_norm=k_norm)
 

@@ -10,24 +10,14 @@ Copies that honour a mask or a bias (MMaDA) keep doing so.
 from __future__ import annotations
 
 import copy
-from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from sinkprune.adapters.base import (
-    Adapter,
-    AttentionWeights,
-    Facts,
-    LayerObserver,
-    MLPWeights,
-    modules_of,
-    register_adapter,
-    tensors_of,
-)
+from sinkprune.adapters.base import Facts, modules_of, register_adapter
 from sinkprune.adapters.live import LiveAdapter, LiveAttention
-from sinkprune.models.llada import LLaDA, LLaDABlock
-from sinkprune.models.modules import SinkPrunedAttention
+from sinkprune.adapters.native import NativeAdapter
+from sinkprune.models.llada import LLaDA
 from sinkprune.plans import Geometry
 
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out"}
@@ -35,7 +25,7 @@ MLP = {"gate": "ff_proj", "up": "up_proj", "down": "ff_out"}
 
 
 @register_adapter
-class NativeLLaDA(Adapter):
+class NativeLLaDA(NativeAdapter):
     """Blocks own their projections; compact modules go into ``block.attention`` and ``block.mlp``."""
 
     family = "llada"
@@ -44,73 +34,15 @@ class NativeLLaDA(Adapter):
         compact="yes, unless its qk-norm runs over the full width",
         export="yes; heads with a modelling file of ours",
     )
-    caches = ("prefix", "dual", "dllm")
-    model: LLaDA
-
-    @classmethod
-    def recognises(cls, model: nn.Module) -> bool:
-        return isinstance(model, LLaDA)
-
-    def _block(self, layer: int) -> LLaDABlock:
-        return cast(LLaDABlock, self.model.blocks[layer])
-
-    def geometry(self) -> Geometry:
-        config = self.model.config
-        return Geometry(
-            family=self.family,
-            hidden=config.d_model,
-            head_dim=config.head_dim,
-            vocabulary=config.vocabulary_rows,
-            context=config.max_sequence_length,
-            heads=(config.n_heads,) * config.n_layers,
-            kv_heads=(config.kv_heads,) * config.n_layers,
-            channels=(config.mlp_width,) * config.n_layers,
-        )
-
-    @property
-    def mask_token_id(self) -> int | None:
-        return self.model.config.mask_token_id
-
-    def blocks(self) -> list[nn.Module]:
-        return list(self.model.blocks)
-
-    def linears(self, layer: int) -> dict[str, nn.Module]:
-        return modules_of(self._block(layer), ATTENTION | MLP)
-
-    def attention_weights(self, layer: int) -> AttentionWeights:
-        return AttentionWeights(**tensors_of(modules_of(self._block(layer), ATTENTION), layer))
-
-    def mlp_weights(self, layer: int) -> MLPWeights:
-        return MLPWeights(**tensors_of(modules_of(self._block(layer), MLP), layer))
-
-    def install(self, layer: int, attention: nn.Module | None, mlp: nn.Module | None) -> None:
-        block = self._block(layer)
-        if attention is not None:
-            block.attention = attention
-            del block.q_proj, block.k_proj, block.v_proj, block.attn_out
-        if mlp is not None:
-            block.mlp = mlp
-            del block.ff_proj, block.up_proj, block.ff_out
-
-    def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
-        block = self._block(layer)
-        block.kept_heads, block.kept_channels = heads, channels
-
-    def observe(self, observer: LayerObserver | None) -> None:
-        for layer in range(self.model.config.n_layers):
-            block = self._block(layer)
-            target = block if block.attention is None else cast(SinkPrunedAttention, block.attention)
-            target.observer = None if observer is None else partial(observer, layer)
-
-    def observed(self) -> bool:
-        block = self._block(0)
-        target = block if block.attention is None else block.attention
-        return target.observer is not None
-
-    def predict(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
-    ) -> Tensor:
-        return self.model(input_ids, attention_mask=attention_mask, rows=rows).logits
+    MODEL = LLaDA
+    layers = "blocks"
+    site = "attention"
+    attention_names = ATTENTION
+    mlp_names = MLP
+    sizes: ClassVar[dict[str, str]] = NativeAdapter.sizes | {
+        "layers": "n_layers", "hidden": "d_model", "heads": "n_heads", "channels": "mlp_width",
+        "vocabulary": "vocabulary_rows",
+    }  # fmt: skip
 
     def refuse_compact(self) -> str | None:
         if self.model.config.attention_layer_norm:
@@ -119,8 +51,6 @@ class NativeLLaDA(Adapter):
 
 
 _CALL = "_scaled_dot_product_attention"
-_ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out"}
-_MLP = {"gate": "ff_proj", "up": "up_proj", "down": "ff_out"}
 
 
 @register_adapter
@@ -139,7 +69,7 @@ class LLaDABlocks(LiveAdapter):
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
         blocks = _blocks(model)
-        names = (*_ATTENTION.values(), "attn_norm", "ff_norm")
+        names = (*ATTENTION.values(), "attn_norm", "ff_norm")
         fused = bool(blocks) and hasattr(blocks[0], "att_proj")
         return bool(blocks) and all(
             callable(getattr(block, _CALL, None))
@@ -173,7 +103,7 @@ class LLaDABlocks(LiveAdapter):
 
     def _channels(self, block: nn.Module) -> int:
         """Channels of a gated MLP; 0 where there is none."""
-        if not all(hasattr(block, name) for name in _MLP.values()):
+        if not all(hasattr(block, name) for name in MLP.values()):
             return 0
         config = self._config
         width = config.mlp_hidden_size
@@ -190,7 +120,7 @@ class LLaDABlocks(LiveAdapter):
                 "its blocks fuse q, k and v in att_proj (block_type='sequential'), as no published LLaDA "
                 "does: such a model can be tracked, not pruned"
             )
-        return {role: block.get_submodule(name) for role, name in _ATTENTION.items()}
+        return modules_of(block, ATTENTION)
 
     def mlp_linears(self, layer: int) -> dict[str, nn.Module]:
         block = self.sites()[layer]
@@ -198,7 +128,7 @@ class LLaDABlocks(LiveAdapter):
             raise ValueError(
                 f"the MLP of layer {layer} is not gated (experts?): only its heads can be pruned"
             )
-        return {role: block.get_submodule(name) for role, name in _MLP.items()}
+        return modules_of(block, MLP)
 
     def check(self, kept_heads: list[list[int]], kept_channels: list[list[int] | None], mode: str) -> None:
         for layer, block in enumerate(self.sites()):

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from sinkprune.adapters.base import Facts, register_adapter
-from sinkprune.adapters.dream import shifted_rows
 from sinkprune.adapters.live_layers import LiveLayers, calls_attention, layers_of
+from sinkprune.adapters.native import shifted_rows
 
 _COUNTS = ("num_heads", "num_key_value_heads", "num_key_value_groups", "head_dim")
 

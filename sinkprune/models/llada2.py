@@ -83,6 +83,15 @@ class LLaDA2Config(BlockCausalConfig):
         """Channels of the shared experts, which are one MLP."""
         return self.moe_intermediate_size * (self.num_shared_experts or 0)
 
+    @property
+    def layer_channels(self) -> tuple[int, ...]:
+        """Channels of each layer's dense MLP, or of the experts that a token passes through."""
+        routed = self.num_experts_per_tok * self.moe_intermediate_size + self.shared_width
+        dense = self.first_k_dense_replace
+        return tuple(
+            self.intermediate_size if layer < dense else routed for layer in range(self.num_hidden_layers)
+        )
+
 
 class LLaDA2Attention(AttentionCore):
     def __init__(self, config: LLaDA2Config) -> None:
