@@ -275,7 +275,7 @@ def test_a_family_that_takes_no_cache_says_so(models, monkeypatch):
 def test_padding_that_cuts_a_block_causal_batch_into_other_blocks_is_refused(models, cache):
     valid = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
     with pytest.raises(
-        ValueError, match=r"blocks of 4 .*got padding of \[3, 0\]: generate them one at a time"
+        ValueError, match=r"blocks of 4 .*got padding of \[3, 0\]: sp.generate runs them in groups"
     ):
         next(sp.denoise(models[SDAR], tokens(2, 5), valid, steps=2, gen_length=8, cache=cache))
 
