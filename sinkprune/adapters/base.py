@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sinkprune.models.caches import Cache
 from sinkprune.models.marks import form_of, plan_of
 from sinkprune.models.modules import AttentionCall
-from sinkprune.plans import Geometry
+from sinkprune.plans import Geometry, PrunePlan
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Facts:
 
 
 LayerObserver = Callable[[int, AttentionCall], None]
+LayOutPlan = Callable[[nn.Module, PrunePlan], nn.Module]
 
 
 class Adapter(ABC):
@@ -243,6 +244,17 @@ class Adapter(ABC):
             for role, linear in linears.items():
                 if channels is not None or role in ("q", "k", "v", "qkv", "o"):
                     require_plain(layer, role, linear, hooks=replaced)
+
+    def as_native(self, lay_out: LayOutPlan) -> nn.Module:
+        """A native model over the tensors of a live upstream object; any other model as it is.
+
+        Args:
+            lay_out: gives a dense native model, on ``meta``, the modules that it has after a plan.
+
+        Raises:
+            TypeError: a live object for whose family there is no native model.
+        """
+        return self.model
 
     def refuse_compact(self) -> str | None:
         """Why this model can't take the compact form, or None where it can."""

@@ -25,14 +25,19 @@ from sinkprune.adapters.base import (
     Adapter,
     AttentionWeights,
     LayerObserver,
+    LayOutPlan,
     MLPWeights,
+    adapter_for,
     is_compiled,
     require_eval,
     require_repackable,
     split_fused,
     tensors_of,
 )
-from sinkprune.models.modules import AttentionCall, AttentionObserver
+from sinkprune.adapters.native import NativeAdapter
+from sinkprune.models.marks import mark, plan_of
+from sinkprune.models.modules import AttentionCall, AttentionObserver, CompactMLP, SinkPrunedAttention
+from sinkprune.models.published import NATIVE, native_kind, native_of
 
 _NAME = "sinkprune_attention"  # the submodule that a live attention gets while something of ours is active
 
@@ -226,6 +231,46 @@ class LiveAdapter(Adapter):
                 for layer, live in enumerate(layers):
                     live.hidden.pop(thread, None)
                     self._release(layer)
+
+    @torch.no_grad()
+    def as_native(self, lay_out: LayOutPlan) -> nn.Module:
+        kind, config = native_of(self.family), cast(Any, self.model).config
+        layers = self.geometry().num_layers
+        if kind is None or layers == 0:
+            raise TypeError(f"save writes native models, and there is none for {type(self.model).__name__}")
+        values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+        with torch.device("meta"):
+            native = NATIVE[kind](values if native_kind(values) == kind else {**values, "model_type": kind})
+        plan, compact = plan_of(self.model), self.form == "compact"
+        if compact and plan is not None:
+            lay_out(native, plan)
+        tensors = {k: v for k, v in self.model.state_dict().items() if k in native.state_dict()}
+        names = {module: name for name, module in native.named_modules()}
+        twin = cast(NativeAdapter, adapter_for(native))
+        for layer in range(layers) if compact else ():
+            for laid_out in (twin.attention_of(layer), twin.block(layer).mlp):
+                if isinstance(laid_out, SinkPrunedAttention | CompactMLP):
+                    state = self._packed_as(laid_out, layer).state_dict()
+                    tensors |= {f"{names[laid_out]}.{part}": tensor for part, tensor in state.items()}
+        native.load_state_dict(tensors, assign=True)
+        mark(native, plan, self.form)
+        return native
+
+    def _packed_as(self, laid_out: SinkPrunedAttention | CompactMLP, layer: int) -> nn.Module:
+        """The native compact module of this compact layer's tensors."""
+        if isinstance(laid_out, CompactMLP):
+            own = self.mlp_weights(layer)
+            gate, down = cast(Tensor, own.gate), own.down
+            biases = [bias for bias in (own.gate_bias, own.up_bias) if bias is not None]
+            return CompactMLP(
+                torch.cat((gate, own.up)), down, torch.cat(biases) if biases else None, own.down_bias
+            )
+        owner = laid_out.kv_head_of
+        return SinkPrunedAttention.from_projections(
+            **vars(self.attention_weights(layer)),
+            head_dim=laid_out.head_dim,
+            kv_head_of=None if owner is None else owner.tolist(),
+        )
 
     def check(self, kept_heads: list[list[int]], kept_channels: list[list[int] | None], mode: str) -> None:
         super().check(kept_heads, kept_channels, mode)

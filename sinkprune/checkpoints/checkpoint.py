@@ -8,7 +8,7 @@ import importlib.resources
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
-from sinkprune.adapters.live import LiveAdapter
 from sinkprune.checkpoints import hub, side_files, small
 from sinkprune.checkpoints.layout import (
     INDEX,
@@ -30,15 +29,14 @@ from sinkprune.checkpoints.layout import (
 from sinkprune.checkpoints.model_card import CARD, model_card
 from sinkprune.files import check_folder, whole_folder
 from sinkprune.models.marks import mark, mark_source, mark_sparsity, noted_sparsity, plan_of
-from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
-from sinkprune.models.published import NATIVE, native_kind, native_of
+from sinkprune.models.published import native_kind
 from sinkprune.models.transformers_native import (
     describe,
     is_transformers_native,
     load_published,
 )
 from sinkprune.plans import PrunePlan
-from sinkprune.pruning.repacking import apply, compact_mlp, lay_out
+from sinkprune.pruning.repacking import apply, lay_out
 from sinkprune.pruning.sparsification.note import Sparsity
 from sinkprune.version import __version__
 
@@ -306,41 +304,9 @@ def as_native(model: nn.Module) -> nn.Module:
                 "merge_and_unload (LoRA) or remove the parametrization first"
             )
     adapter = recognised(model)
-    if not isinstance(adapter, LiveAdapter):
-        return model
-    family = adapter.geometry().family
-    kind = native_of(family)
-    config: Any = model.config
-    if kind is None or adapter.geometry().num_layers == 0:
-        raise TypeError(f"save writes native models, and there is none for {type(model).__name__}")
-    values = config.to_dict() if hasattr(config, "to_dict") else vars(config)
-    with torch.device("meta"):
-        native = NATIVE[kind](values if native_kind(values) == kind else {**values, "model_type": kind})
-    plan = plan_of(model)
-    if adapter.form == "compact" and plan is not None:
-        lay_out(native, plan)
-    tensors = {k: v for k, v in model.state_dict().items() if k in native.state_dict()}
-    attentions = [name for name, m in native.named_modules() if isinstance(m, SinkPrunedAttention)]
-    packed: dict[str, nn.Module] = {}
-    for layer, name in enumerate(attentions):
-        laid_out = cast(SinkPrunedAttention, native.get_submodule(name))
-        owner = laid_out.kv_head_of
-        packed[name] = SinkPrunedAttention.from_projections(
-            **vars(adapter.attention_weights(layer)),
-            head_dim=laid_out.head_dim,
-            kv_head_of=None if owner is None else owner.tolist(),
-        )
-    layers = plan.layers if plan is not None and attentions else []
-    narrowed = [i for i, kept in enumerate(layers) if kept.kept_channels is not None]
-    compact_mlps = [name for name, m in native.named_modules() if isinstance(m, CompactMLP)]
-    for layer, name in zip(narrowed, compact_mlps, strict=True):
-        mlp = adapter.mlp_weights(layer)
-        packed[name] = compact_mlp(mlp, list(range(mlp.up.shape[0])))
-    for name, module in packed.items():
-        tensors |= {f"{name}.{part}": tensor for part, tensor in module.state_dict().items()}
-    native.load_state_dict(tensors, assign=True)
-    mark_source(native, side_files.source_of(model))
-    mark(native, plan, adapter.form)
+    native = model if adapter is None else adapter.as_native(lay_out)
+    if native is not model:
+        mark_source(native, side_files.source_of(model))
     return native
 
 

@@ -39,11 +39,17 @@ NATIVE: dict[str, LayOut] = {
 }
 
 
+_OTHERWISE_NAMED = {  # families whose key is not their name
+    "dream": "Dream",
+    "fast_dllm_qwen": "Fast_dLLM_Qwen",
+    "stable_diffcoder": "StableDiffcoderForCausalLM",
+}
+
+
 def native_of(family: str) -> str | None:
     """The key in ``NATIVE`` of an adapter's family, or None."""
-    if family == "stable_diffcoder":
-        return "StableDiffcoderForCausalLM"
-    return next((name for name in NATIVE if name.lower() == family), None)
+    key = _OTHERWISE_NAMED.get(family, family)
+    return key if key in NATIVE else None
 
 
 def native_kind(config: dict[str, Any]) -> str | None:
