@@ -12,6 +12,7 @@ Twin: `reference.attention`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from torch import Tensor
 from sinkprune.kernels import attention_specialised, launch, probe
 from sinkprune.kernels.addressing import head_of, kv_of, load_tile, split_head_dim
 from sinkprune.kernels.launch import Tile
+from sinkprune.kernels.visibility import Visibility
 
 # No recompilation as lengths change, not even at a length of 1 or a multiple of 16.
 LENGTHS = ["lq", "lk", "hq", "hkv", "n_shares", "block_size"]
@@ -274,17 +276,14 @@ def attention(
     *,
     kept_heads: Tensor | None = None,
     kv_head_of: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    block_size: int | None = None,
-    query_positions: Tensor | None = None,
-    key_positions: Tensor | None = None,
     scale: float,
     compact: bool = False,
     with_lse: bool = True,
     tile: Tile | None = None,
     shares: int | None = None,
+    **visibility: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Launch on checked arguments; shapes as in `sinkprune.ops.attention`.
+    """Launch on checked arguments; shapes as in `sinkprune.ops.attention`, ``visibility`` as in `Visibility`.
 
     Without ``v`` only the log-sum-exp is computed, and with ``with_lse`` off only the output: the other
     result is then an empty tensor. ``tile`` and ``shares`` (key shares per query tile) override the shipped
@@ -303,8 +302,8 @@ def attention(
         lse.fill_(math.inf)
     if 0 in (b, h, lq, lk):
         return out.zero_(), lse
-    masks = (key_padding_mask, block_size, query_positions, key_positions)
-    masked = any(x is not None for x in masks)
+    seen = Visibility(**visibility)
+    masked = any(x is not None for x in seen)
     if tile is None:
         specialised = (
             v is not None
@@ -326,10 +325,7 @@ def attention(
         )  # fmt: skip
         return out, lse
     shares = max(1, min(shares or 1, -(-lk // tile.block_n)))
-    _launch(
-        q, k, v, out, lse, kept_heads, kv_head_of, key_padding_mask, block_size, query_positions,
-        key_positions, scale, compact, with_lse, tile, shares,
-    )  # fmt: skip
+    _launch(q, k, v, out, lse, kept_heads, kv_head_of, seen, scale, compact, with_lse, tile, shares)
     return out, lse
 
 
@@ -341,10 +337,7 @@ def _launch(
     lse: Tensor,
     kept_heads: Tensor | None,
     kv_head_of: Tensor | None,
-    key_padding_mask: Tensor | None,
-    block_size: int | None,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
+    seen: Visibility,
     scale: float,
     compact: bool,
     with_lse: bool,
@@ -365,9 +358,7 @@ def _launch(
         to_lse = torch.empty(shares, b, h, lq, dtype=torch.float32, device=q.device)
         o_strides = (*to.stride()[1:4], to.stride(0))
         l_strides = (*to_lse.stride()[1:3], to_lse.stride(0))
-    padding = None if key_padding_mask is None else launch.rows_of_bytes(key_padding_mask)
-    query_positions = None if query_positions is None else launch.rows(query_positions)
-    key_positions = None if key_positions is None else launch.rows(key_positions)
+    padding, block_size, query_positions, key_positions = launch.visibility(seen)
     values = k if v is None else v
     optional = (kept_heads, kv_head_of, padding, query_positions, key_positions)
     constants = {

@@ -14,6 +14,8 @@ Twin: `reference.column_mass`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,7 @@ from sinkprune.kernels import launch
 from sinkprune.kernels.addressing import head_of, kv_of, load_tile, split_head_dim
 from sinkprune.kernels.attention import attention
 from sinkprune.kernels.launch import Tile
+from sinkprune.kernels.visibility import Visibility
 
 LENGTHS = ["lq", "lk", "hq", "hkv", "n_shares", "block_size", "sample"]
 COUNTED_AT_ONCE = tl.constexpr(512)
@@ -222,18 +225,15 @@ def column_mass_(
     *,
     kept_heads: Tensor | None = None,
     kv_head_of: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    block_size: int | None = None,
-    query_positions: Tensor | None = None,
-    key_positions: Tensor | None = None,
     scale: float,
     sample: int | None = None,
     offset: Tensor | None = None,
     tile: Tile | None = None,
     shares: int | None = None,
+    **visibility: Any,
 ) -> None:
     """Launch on checked arguments, writing ``out`` ``[B, Hq, >= Lk]``; shapes as in
-    `sinkprune.ops.column_mass`.
+    `sinkprune.ops.column_mass`, ``visibility`` as in `Visibility`.
 
     Without ``lse`` it is computed first, by the attention kernel without its output. In ``tile``,
     ``block_n`` is the keys held and ``block_m`` the query rows per iteration; ``shares`` splits the query
@@ -248,9 +248,8 @@ def column_mass_(
         return
     if lse is None:
         _, lse = attention(
-            q, k, None, kept_heads=kept_heads, kv_head_of=kv_head_of, key_padding_mask=key_padding_mask,
-            block_size=block_size, query_positions=query_positions, key_positions=key_positions, scale=scale,
-        )  # fmt: skip
+            q, k, None, kept_heads=kept_heads, kv_head_of=kv_head_of, scale=scale, **visibility
+        )
     rows = lq if sample is None else -(-lq // sample)
     if tile is None:
         tile, chosen = launch.column_mass_tile(q, rows=rows, keys=lk, programs=b * h)
@@ -263,9 +262,7 @@ def column_mass_(
         to = torch.empty(shares, b, h, lk, dtype=torch.float32, device=q.device)
         counts = torch.empty(shares, b, h, dtype=torch.float32, device=q.device)
         o_strides = (to.stride(1), to.stride(2), to.stride(0))
-    padding = None if key_padding_mask is None else launch.rows_of_bytes(key_padding_mask)
-    query_positions = None if query_positions is None else launch.rows(query_positions)
-    key_positions = None if key_positions is None else launch.rows(key_positions)
+    padding, block_size, query_positions, key_positions = launch.visibility(Visibility(**visibility))
     optional = (kept_heads, kv_head_of, padding, query_positions, key_positions, offset)
     constants = {
         "D": d, "D1": d1, "D2": d2, "BN": tile.block_n, "BQ": tile.block_m,

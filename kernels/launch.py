@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sinkprune.files import write_whole
+from sinkprune.kernels.visibility import Visibility
 
 LOG2E = math.log2(math.e)
 CONFIGS = Path(__file__).parent / "configs"
@@ -293,3 +294,14 @@ def rows(x: Tensor) -> Tensor:
 def rows_of_bytes(mask: Tensor) -> Tensor:
     """A bool mask as bytes, its last dimension contiguous: Triton has no pointer to bits."""
     return rows(mask).view(torch.uint8)
+
+
+def visibility(seen: Visibility) -> Visibility:
+    """As kernels read it: rows of bytes, and of positions."""
+    padding, block_size, query_positions, key_positions = seen
+    return Visibility(
+        None if padding is None else rows_of_bytes(padding),
+        block_size,
+        None if query_positions is None else rows(query_positions),
+        None if key_positions is None else rows(key_positions),
+    )

@@ -13,36 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkprune.kernels.visibility import Visibility
+
 LOG2E = math.log2(math.e)
-
-
-def visible_keys(
-    lq: int,
-    lk: int,
-    *,
-    key_padding_mask: Tensor | None = None,
-    block_size: int | None = None,
-    query_positions: Tensor | None = None,
-    key_positions: Tensor | None = None,
-    device: torch.device | None = None,
-) -> Tensor | None:
-    """Which keys each query may see: bool ``[B or 1, Lq or 1, Lk or 1]``, or None if it is all of them.
-
-    A padded key is seen by nobody, a query at position -1 sees nothing, and with ``block_size`` a query
-    sees the keys whose position's block is not later than its own.
-    """
-    seen: Tensor | None = None
-    if key_padding_mask is not None:
-        seen = key_padding_mask[:, None, :]
-    if query_positions is not None:
-        valid = (query_positions >= 0)[:, :, None]
-        seen = valid if seen is None else seen & valid
-    if block_size is not None:
-        q_pos = torch.arange(lq, device=device)[None] if query_positions is None else query_positions
-        k_pos = torch.arange(lk, device=device)[None] if key_positions is None else key_positions
-        causal = (k_pos // block_size)[:, None, :] <= (q_pos // block_size)[:, :, None]
-        seen = causal if seen is None else seen & causal
-    return seen
 
 
 def default_kv_head_of(hq: int, hkv: int, device: torch.device | None = None) -> Tensor:
@@ -78,7 +51,7 @@ def attention(
     kv_head_of = None if kv_head_of is None else kv_head_of.long()
     groups = default_kv_head_of(hq, k.shape[1], q.device) if kv_head_of is None else kv_head_of
     scores = _scores(q, k, heads, kv_head_of, scale)
-    seen = visible_keys(lq, k.shape[2], device=q.device, **visibility)
+    seen = Visibility(**visibility).keys(lq, k.shape[2], q.device)
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None], -math.inf)
     if visibility.get("key_padding_mask") is not None:  # a padded value may be anything, NaN included
@@ -122,7 +95,7 @@ def column_mass(
     heads = torch.arange(hq, device=q.device) if kept_heads is None else kept_heads.long()
     kv_head_of = None if kv_head_of is None else kv_head_of.long()
     scores = _scores(q, k, heads, kv_head_of, scale)
-    seen = visible_keys(lq, k.shape[2], device=q.device, **visibility)
+    seen = Visibility(**visibility).keys(lq, k.shape[2], q.device)
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None], -math.inf)
     if lse is None:

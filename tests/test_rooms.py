@@ -140,7 +140,6 @@ def test_files_stay_short_enough_to_read(folder: str) -> None:
     assert not long
 
 
-@pytest.mark.xfail(strict=True, reason="column mass and the kernels' main functions are to be split")
 def test_functions_fit_a_page() -> None:
     """At most 80 lines without the docstring."""
     long = []

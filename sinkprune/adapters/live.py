@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,6 +35,7 @@ from sinkprune.adapters.base import (
     tensors_of,
 )
 from sinkprune.adapters.native import NativeAdapter
+from sinkprune.kernels.visibility import Visibility
 from sinkprune.models.marks import mark, plan_of
 from sinkprune.models.modules import AttentionCall, AttentionObserver, CompactMLP, SinkPrunedAttention
 from sinkprune.models.published import NATIVE, native_kind, native_of
@@ -45,16 +46,6 @@ _NAME = "sinkprune_attention"  # the submodule that a live attention gets while 
 # Held by whoever changes what a model's sites hold, or hides something in a forward: other threads wait.
 _HIDING: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _HIDING_MADE = threading.Lock()
-
-
-class Hidden(NamedTuple):
-    """What one forward hides: padding, bool ``[B, Lk]`` (True = valid), and what lies outside a token's block
-    and those before it, by ``positions`` of queries and keys, int ``[B, L]`` (-1 = padding; None = 0 … L-1).
-    """
-
-    key_padding_mask: Tensor | None = None
-    block_size: int | None = None
-    positions: Tensor | None = None
 
 
 class LiveAttention(nn.Module):
@@ -73,7 +64,7 @@ class LiveAttention(nn.Module):
         super().__init__()
         self.register_buffer("kept_heads", None, persistent=False)
         self.register_buffer("kv_head_of", None, persistent=False)
-        self.hidden: dict[int, Hidden] = {}  # by thread: one's forward never sees another's padding
+        self.hidden: dict[int, Visibility] = {}  # by thread: one's forward never sees another's padding
         self.observer: AttentionObserver | None = None
 
     def idle(self) -> bool:
@@ -98,27 +89,24 @@ class LiveAttention(nn.Module):
         if dropout_p or is_causal:
             what = f"dropout {dropout_p}: call model.eval() first" if dropout_p else "a causal mask"
             raise ValueError(f"pruned or tracked attention of a diffusion model does not know {what}")
-        hidden = self.hidden.get(threading.get_ident(), Hidden()) if self.hidden else Hidden()
-        padding, block_size, positions = hidden
-        padding = None if padding is None else padding.to(query.device)
-        positions = None if positions is None else positions.to(query.device)
-        if block_size is not None:
+        seen = self.hidden.get(threading.get_ident(), Visibility()).to(query.device)
+        if seen.block_size is not None:
             attn_mask = None
         if attn_mask is not None:
             attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
-            if attn_mask.dtype == torch.bool and attn_mask.shape[1:3] == (1, 1) and padding is None:
+            only_keys = attn_mask.dtype == torch.bool and attn_mask.shape[1:3] == (1, 1)
+            if only_keys and seen.key_padding_mask is None:
                 padding, attn_mask = attn_mask[:, 0, 0].expand(query.shape[0], -1), None
+                seen = seen._replace(key_padding_mask=padding)
         heads, owner = self.kept_heads, self.kv_head_of
         if attn_mask is None:
             out, lse = ops.attention(
-                query, key, value, kept_heads=heads, kv_head_of=owner, key_padding_mask=padding,
-                block_size=block_size, query_positions=positions, key_positions=positions, scale=scale,
-            )  # fmt: skip
+                query, key, value, kept_heads=heads, kv_head_of=owner, scale=scale, **seen._asdict()
+            )
         else:
             out, lse = self._masked(query, key, value, attn_mask, scale), None
         if self.observer is not None:
-            seen = (padding, block_size, positions, positions, scale)
-            call = AttentionCall(query, key, lse, heads, owner, *seen)
+            call = AttentionCall(query, key, lse, heads, owner, scale=scale, **seen._asdict())
             self.observer(call if attn_mask is None else _with_mask(call, attn_mask))
         return out
 
@@ -218,7 +206,8 @@ class LiveAdapter(Adapter):
         if attention_mask is None and block_size is None:
             yield
             return
-        hidden = Hidden(None if attention_mask is None else attention_mask.bool(), block_size, positions)
+        padding = None if attention_mask is None else attention_mask.bool()
+        hidden = Visibility(padding, block_size, positions, positions)
         thread = threading.get_ident()
         with self._alone():
             self._require_uncompiled()

@@ -228,14 +228,9 @@ class _Layer:
 
 def _block_mask(call: AttentionCall) -> Tensor:
     """What the queries of a block-causal call see, bool ``[B, 1, Lq, Lk]``."""
-    assert call.block_size is not None
-    blocks = []
-    for positions, x in ((call.query_positions, call.query), (call.key_positions, call.key)):
-        index = torch.arange(x.shape[2], device=x.device)[None] if positions is None else positions
-        blocks.append(index // call.block_size)
-    mask = blocks[1][:, None, None, :] <= blocks[0][:, None, :, None]
-    padding = call.key_padding_mask
-    return mask if padding is None else mask & padding[:, None, None, :]
+    seen = call.seen.keys(call.query.shape[2], call.key.shape[2], call.query.device)
+    assert seen is not None
+    return seen[:, None]
 
 
 def _masked_lse(call: AttentionCall, mask: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from sinkprune import ops
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.adapters.base import is_compiled
 from sinkprune.evidence.sinks import SinkGate, SinkStatistics, SinkTracker
+from sinkprune.kernels.visibility import Visibility
 from sinkprune.models.modules import AttentionCall
 
 MOST_KEYS = 8192  # keys that a tracker makes room for unasked
@@ -90,12 +91,13 @@ class ModelTracker:
                 f"{self.tracker.max_keys} keys, got {call.query.shape[0]} of {length}; open a new "
                 "track (max_keys= makes room)"
             )
-        mask = None if call.key_padding_mask is None else call.key_padding_mask[:samples]
-        self._seen = (mask, length)
+        seen = call.seen.of(slice(samples))
+        seen = seen._replace(query_positions=_counted_queries(seen, call))
+        self._seen = (seen.key_padding_mask, length)
         room = self.tracker.mass[layer]
         in_place = room.device == call.query.device and call.mask is None
         if call.mask is not None:
-            mass = masked_column_mass(call, self._counted_queries(call, samples), samples)
+            mass = masked_column_mass(call, seen.query_positions, samples)
         else:
             mass = ops.column_mass(
                 call.query[:samples],
@@ -103,25 +105,13 @@ class ModelTracker:
                 None if call.lse is None else call.lse[:samples],
                 kept_heads=call.kept_heads,
                 kv_head_of=call.kv_head_of,
-                key_padding_mask=mask,
-                block_size=call.block_size,
-                query_positions=self._counted_queries(call, samples),
-                key_positions=None if call.key_positions is None else call.key_positions[:samples],
                 scale=call.scale,
                 out=room if in_place else None,
+                **seen._asdict(),
             )
         if not in_place:  # a layer on another device of a device map, or a mask of its own
             room[:, :, :length] = mass
             room[:, :, length:] = 0
-
-    def _counted_queries(self, call: AttentionCall, samples: int) -> Tensor | None:
-        """The call's query positions, or those of the valid tokens where queries are the keys' own tokens."""
-        if call.query_positions is not None:
-            return call.query_positions[:samples]
-        if call.key_padding_mask is None or call.query.shape[2] != call.key.shape[2]:
-            return None
-        mask = call.key_padding_mask[:samples]  # not remembered: a sampler may write into one buffer
-        return torch.where(mask, torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32), -1)
 
     def end_step(self) -> None:
         """Fold the step's masses into the statistics."""
@@ -133,6 +123,14 @@ class ModelTracker:
         if self._forwards is not None:
             self._forwards += 1
             self._phase = (self._phase + 1) % self._every
+
+
+def _counted_queries(seen: Visibility, call: AttentionCall) -> Tensor | None:
+    """The query positions, or those of the valid tokens where queries are the keys' own tokens."""
+    mask = seen.key_padding_mask  # nothing of it is remembered: a sampler may write into one buffer
+    if seen.query_positions is not None or mask is None or call.query.shape[2] != call.key.shape[2]:
+        return seen.query_positions
+    return torch.where(mask, torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32), -1)
 
 
 def masked_column_mass(call: AttentionCall, query_positions: Tensor | None, samples: int) -> Tensor:

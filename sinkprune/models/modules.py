@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
+from sinkprune.kernels.visibility import Visibility
 from sinkprune.models.norm import norm_and_rotate
 from sinkprune.ops import elementwise, native
 
@@ -29,6 +30,11 @@ class AttentionCall(NamedTuple):
     scale: float | None = None
     # Any other visibility, bool (True = seen) or added to the scores, broadcastable to [B, H, Lq, Lk].
     mask: Tensor | None = None
+
+    @property
+    def seen(self) -> Visibility:
+        """Who sees whom, a mask aside."""
+        return Visibility(self.key_padding_mask, self.block_size, self.query_positions, self.key_positions)
 
 
 AttentionObserver = Callable[[AttentionCall], None]
@@ -204,20 +210,10 @@ class SinkPrunedAttention(nn.Module):
             q, k = self.turn(q, k, None, None)
             k, v = (k, v) if cache is None else cache(k, v)
             q, k = elementwise.rope_qk(q, k, cos, sin, *cached_rotary)
-        out, lse = ops.attention(
-            q,
-            k,
-            v,
-            kv_head_of=self.kv_head_of,
-            key_padding_mask=key_padding_mask,
-            block_size=block_size,
-            query_positions=query_positions,
-            key_positions=key_positions,
-            scale=self.scale,
-        )
+        seen = Visibility(key_padding_mask, block_size, query_positions, key_positions)
+        out, lse = ops.attention(q, k, v, kv_head_of=self.kv_head_of, scale=self.scale, **seen._asdict())
         if self.observer is not None:
-            seen = (key_padding_mask, block_size, query_positions, key_positions, self.scale)
-            self.observer(AttentionCall(q, k, lse, None, self.kv_head_of, *seen))
+            self.observer(AttentionCall(q, k, lse, None, self.kv_head_of, scale=self.scale, **seen._asdict()))
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

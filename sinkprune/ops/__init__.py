@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sinkprune.kernels import reference
+from sinkprune.kernels.visibility import Visibility
 from sinkprune.ops import _pytorch
 from sinkprune.ops._backends import (
     BACKENDS,
@@ -93,28 +94,21 @@ def attention(
     check_queries_keys(q, k, v)
     heads = check_heads(kept_heads, q.shape[1], q.device)
     groups = check_kv_head_of(kv_head_of, q.shape[1], k.shape[1], q.device)
-    check_visibility(q, k, key_padding_mask, block_size, query_positions, key_positions)
+    seen = Visibility(key_padding_mask, block_size, query_positions, key_positions)
+    check_visibility(q, k, seen)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     compact = layout == "compact"
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not needs_grad:
-        return torch.ops.sinkprune.attention.default(
-            q, k, v, heads, groups, key_padding_mask, block_size, query_positions, key_positions, scale,
-            compact, backend,
-        )  # fmt: skip
+        return torch.ops.sinkprune.attention.default(q, k, v, heads, groups, *seen, scale, compact, backend)
     refuse_unknown(backend, attention_refused("sdpa" if backend == "auto" else backend, q, scale, True))
     if backend != "reference":  # an op would cut the graph, so autograd sees PyTorch's own operations
-        return _pytorch.attention(
-            q, k, v, heads, groups, key_padding_mask, block_size, query_positions, key_positions, scale,
-            compact, differentiable=True,
-        )  # fmt: skip
+        return _pytorch.attention(q, k, v, heads, groups, seen, scale, compact, differentiable=True)
     out, lse = reference.attention(
-        q, k, v, kept_heads=heads, kv_head_of=groups, compact=compact, scale=scale,
-        key_padding_mask=key_padding_mask, block_size=block_size, query_positions=query_positions,
-        key_positions=key_positions,
-    )  # fmt: skip
+        q, k, v, kept_heads=heads, kv_head_of=groups, compact=compact, scale=scale, **seen._asdict()
+    )
     return out, lse.detach()
 
 
@@ -190,7 +184,8 @@ def column_mass(
     check_queries_keys(q, k, None)
     heads = check_heads(kept_heads, q.shape[1], q.device)
     groups = check_kv_head_of(kv_head_of, q.shape[1], k.shape[1], q.device)
-    check_visibility(q, k, key_padding_mask, block_size, query_positions, key_positions)
+    seen = Visibility(key_padding_mask, block_size, query_positions, key_positions)
+    check_visibility(q, k, seen)
     if lse is not None:
         check_lse(lse, q)
     if sample is not None and sample < 1:
@@ -204,9 +199,8 @@ def column_mass(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad():
         torch.ops.sinkprune.column_mass_.default(
-            q, k, lse, heads, groups, key_padding_mask, block_size, query_positions, key_positions, scale,
-            sample, offset, out, backend,
-        )  # fmt: skip
+            q, k, lse, heads, groups, *seen, scale, sample, offset, out, backend
+        )
     return out[:, :, :lk]
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sinkprune.kernels import reference
+from sinkprune.kernels.visibility import Visibility
 from sinkprune.ops import _pytorch
 from sinkprune.ops._checks import check_sink_update
 
@@ -113,27 +115,21 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """The op's one implementation. ``out`` always lies in memory as ``[B, Lq, H, D]``, so that joining the
     heads costs no copy, and ``lse`` as ``[B, H, Lq]``."""
+    seen = Visibility(key_padding_mask, block_size, query_positions, key_positions)
     if backend == "auto":
-        masked = key_padding_mask is not None or block_size is not None or query_positions is not None
         irregular = kept_heads is not None or kv_head_of is not None
-        backend = choose_attention(q, scale, irregular, masked, needs_grad=False)
+        backend = choose_attention(q, scale, irregular, seen.limited, needs_grad=False)
     else:
         refuse_unknown(backend, attention_refused(backend, q, scale, needs_grad=False))
     if backend == "sdpa":
-        out, lse = _pytorch.attention(
-            q, k, v, kept_heads, kv_head_of, key_padding_mask, block_size, query_positions, key_positions,
-            scale, compact,
-        )  # fmt: skip
+        out, lse = _pytorch.attention(q, k, v, kept_heads, kv_head_of, seen, scale, compact)
     else:
         if backend == "triton":
             from sinkprune.kernels.attention import attention as run
         else:
             run = reference.attention  # type: ignore[assignment]
-        out, lse = run(
-            q, k, v, kept_heads=kept_heads, kv_head_of=kv_head_of, key_padding_mask=key_padding_mask,
-            block_size=block_size, query_positions=query_positions, key_positions=key_positions,
-            scale=scale, compact=compact,
-        )  # fmt: skip
+        heads = {"kept_heads": kept_heads, "kv_head_of": kv_head_of}
+        out, lse = run(q, k, v, **heads, scale=scale, compact=compact, **seen._asdict())
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
@@ -167,37 +163,27 @@ def _column_mass_(
         backend = choose_column_mass(q, k, lse, scale)
     else:
         refuse_unknown(backend, column_mass_refused(backend, q, k, lse, scale))
-    heads = q.shape[1] if kept_heads is None else kept_heads.shape[0]
-    if 0 in (q.shape[0], heads, q.shape[2], k.shape[2]):
+    seen = Visibility(key_padding_mask, block_size, query_positions, key_positions)
+    options: dict[str, Any] = {"kept_heads": kept_heads, "kv_head_of": kv_head_of, **seen._asdict()}
+    number = q.shape[1] if kept_heads is None else kept_heads.shape[0]
+    if 0 in (q.shape[0], number, q.shape[2], k.shape[2]):
         out.zero_()
     elif backend == "sdpa":
-        _pytorch.column_mass_(
-            out, q, k, lse, kept_heads, kv_head_of, key_padding_mask, block_size, query_positions,
-            key_positions, scale, sample, offset,
-        )  # fmt: skip
+        _pytorch.column_mass_(out, q, k, lse, kept_heads, kv_head_of, seen, scale, sample, offset)
     elif backend == "native":
         from sinkprune.ops import native
 
         assert lse is not None
-        native.column_mass(
-            q, k, lse, kept_heads=kept_heads, kv_head_of=kv_head_of, key_padding_mask=key_padding_mask,
-            block_size=block_size, query_positions=query_positions, key_positions=key_positions, scale=scale,
-            sample=sample, offset=offset, out=out,
-        )  # fmt: skip
+        native.column_mass(q, k, lse, **options, scale=scale, sample=sample, offset=offset, out=out)
     elif backend == "triton":
         from sinkprune.kernels.column_mass import column_mass_
 
-        column_mass_(
-            out, q, k, lse, kept_heads=kept_heads, kv_head_of=kv_head_of, key_padding_mask=key_padding_mask,
-            block_size=block_size, query_positions=query_positions, key_positions=key_positions, scale=scale,
-            sample=sample, offset=offset,
-        )  # fmt: skip
+        column_mass_(out, q, k, lse, **options, scale=scale, sample=sample, offset=offset)
     else:
         lk = k.shape[2]
         out[:, :, :lk] = reference.column_mass(
-            q, k, lse, kept_heads=kept_heads, kv_head_of=kv_head_of, key_padding_mask=key_padding_mask,
-            block_size=block_size, query_positions=query_positions, key_positions=key_positions, scale=scale,
-            sample=sample, offset=0 if offset is None else int(offset),
+            q, k, lse, **options, scale=scale, sample=sample,
+            offset=0 if offset is None else int(offset),
         )  # fmt: skip
         out[:, :, lk:] = 0
 

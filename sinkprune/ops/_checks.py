@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sinkprune.kernels import reference
+from sinkprune.kernels.visibility import Visibility
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Index = Sequence[int] | Tensor
@@ -74,16 +75,10 @@ def check_kv_head_of(kv_head_of: Index | None, hq: int, hkv: int, device: torch.
     return groups
 
 
-def check_visibility(
-    q: Tensor,
-    k: Tensor,
-    key_padding_mask: Tensor | None,
-    block_size: int | None,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
-) -> None:
+def check_visibility(q: Tensor, k: Tensor, seen: Visibility) -> None:
     """Shapes, dtypes and devices of what limits the keys a query sees."""
     b, lq, lk = q.shape[0], q.shape[2], k.shape[2]
+    key_padding_mask, block_size, query_positions, key_positions = seen
     if key_padding_mask is not None:
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask must be bool (True = valid), got {key_padding_mask.dtype}")
@@ -101,12 +96,8 @@ def check_visibility(
                 f"{name}_positions must have shape [B, L{name[0]}] = {(b, length)}, "
                 f"got {tuple(positions.shape)}"
             )
-    for name, x in (
-        ("key_padding_mask", key_padding_mask),
-        ("query_positions", query_positions),
-        ("key_positions", key_positions),
-    ):
-        if x is not None and x.device != q.device:
+    for name, x in seen._asdict().items():
+        if isinstance(x, Tensor) and x.device != q.device:
             raise ValueError(f"{name} must be on q's device ({q.device}), got {x.device}")
     if block_size is not None:
         if block_size < 1:

@@ -4,13 +4,15 @@ mass."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sinkprune.kernels import reference
-from sinkprune.kernels.reference import LOG2E, sampled_rows, visible_keys
+from sinkprune.kernels.reference import LOG2E, sampled_rows
+from sinkprune.kernels.visibility import Visibility
 
 # Scores formed at once: 2 MiB of float32, so that a block stays in the cache while it is read twice.
 BLOCK_SCORES = 1 << 19
@@ -22,10 +24,7 @@ def attention(
     v: Tensor,
     kept_heads: Tensor | None,
     kv_head_of: Tensor | None,
-    key_padding_mask: Tensor | None,
-    block_size: int | None,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
+    seen: Visibility,
     scale: float,
     compact: bool,
     differentiable: bool = False,
@@ -39,33 +38,24 @@ def attention(
     # Grouped heads share keys inside the fused kernels, but their CPU backward does not know groups.
     regular = kept_heads is None and kv_head_of is None and not (differentiable and k.shape[1] != hq)
     if not regular:
-        if kv_head_of is None:
-            kv_head_of = reference.default_kv_head_of(hq, k.shape[1], q.device)
-        if kept_heads is not None:
-            q, kv_head_of = q.index_select(1, kept_heads), kv_head_of.index_select(0, kept_heads)
-        k, v = k.index_select(1, kv_head_of), v.index_select(1, kv_head_of)
-    if key_padding_mask is not None and not differentiable and bool(key_padding_mask.all()):
-        key_padding_mask = None
-    if key_padding_mask is not None:  # a padded key or value may be anything, NaN included
-        hidden = ~key_padding_mask[:, None, :, None]
+        owner = _key_heads(hq, k.shape[1], kept_heads, kv_head_of, q.device)
+        q = q if kept_heads is None else q.index_select(1, kept_heads)
+        k, v = k.index_select(1, owner), v.index_select(1, owner)
+    padding = seen.key_padding_mask
+    if padding is not None and not differentiable and bool(padding.all()):
+        padding = None
+    if padding is not None:  # a padded key or value may be anything, NaN included
+        hidden = ~padding[:, None, :, None]
         k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-    seen = visible_keys(
-        lq,
-        lk,
-        key_padding_mask=key_padding_mask,
-        block_size=block_size,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        device=q.device,
-    )
+    pairs = seen._replace(key_padding_mask=padding).keys(lq, lk, q.device)
     heads = q.shape[1]
     if 0 in (b, heads, lq, lk):  # the fused CPU kernel divides by zero on these
         out = q.new_zeros(b, heads, lq, d)
         lse = torch.full((b, heads, lq), math.inf, dtype=_wide(q), device=q.device)
     else:
-        out, lse = (_cuda_attention if q.is_cuda else _cpu_attention)(q, k, v, seen, scale)
-        if seen is not None:
-            empty = ~seen.any(-1)[:, None]
+        out, lse = (_cuda_attention if q.is_cuda else _cpu_attention)(q, k, v, pairs, scale)
+        if pairs is not None:
+            empty = ~pairs.any(-1)[:, None]
             out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, math.inf)
     if compact or kept_heads is None:
         return out, lse
@@ -139,117 +129,116 @@ def column_mass_(
     lse: Tensor | None,
     kept_heads: Tensor | None,
     kv_head_of: Tensor | None,
-    key_padding_mask: Tensor | None,
-    block_size: int | None,
-    query_positions: Tensor | None,
-    key_positions: Tensor | None,
+    seen: Visibility,
     scale: float,
     sample: int | None,
     offset: Tensor | None,
 ) -> None:
     """Write the column mass into ``out`` ``[B, Hq, >= Lk]``, never forming more than `BLOCK_SCORES` scores
     at once."""
-    b, hq, lq, d = q.shape
-    lk = k.shape[2]
-    wide = _wide(q)
+    b, hq, lq, _ = q.shape
+    n, lk, wide = hq if kept_heads is None else len(kept_heads), k.shape[2], _wide(q)
     rows = sampled_rows(lq, sample, 0 if offset is None else int(offset))
     q = q[:, :, rows]
-    counted = None if query_positions is None else (query_positions >= 0)[:, rows]
-    if block_size is not None:
-        query_positions = (
-            torch.arange(lq, device=q.device)[None].expand(b, lq)
-            if query_positions is None
-            else query_positions
-        )[:, rows]
-    else:
-        query_positions = None
-    if lse is not None:
-        lse = lse[:, :, rows]
-
-    heads = torch.arange(hq, device=q.device) if kept_heads is None else kept_heads
-    groups = heads // (hq // max(k.shape[1], 1)) if kv_head_of is None and hq else heads
-    if kv_head_of is not None:
-        groups = kv_head_of.index_select(0, heads)
-    n, lq = len(heads), q.shape[2]
-    if 0 in (b, n, lq, lk):
+    if 0 in (b, n, q.shape[2], lk):
         out.zero_()
         return
-
-    q = q if kept_heads is None else q.index_select(1, heads)
+    lowest = None if lse is None else _lowest(lse[:, :, rows].to(wide), kept_heads, seen, rows)
+    seen = _of_rows(seen, rows, b, lq, k.device, with_lse=lse is not None)
     if kept_heads is not None or kv_head_of is not None or n != k.shape[1]:
-        k = k.index_select(1, groups)
-    q, k = q.to(wide).reshape(b * n, lq, d), k.to(wide).reshape(b * n, lk, d)
-    if key_padding_mask is not None and not bool(key_padding_mask.all()):
-        k = k.reshape(b, n, lk, d).masked_fill(~key_padding_mask[:, None, :, None], 0).reshape(b * n, lk, d)
-    else:
-        key_padding_mask = None
-    if lse is not None:
-        lse = (lse if kept_heads is None else lse.index_select(1, heads)).to(wide).reshape(b * n, lq, 1)
-        # An empty row adds nothing: exp2(s - inf) = 0. A padded query is made one.
-        lse = lse.masked_fill(lse == -math.inf, math.inf)
-        if counted is not None:
-            lse = lse.reshape(b, n, lq).masked_fill(~counted[:, None], math.inf).reshape(b * n, lq, 1)
-        negative_lse = -lse
+        k = k.index_select(1, _key_heads(hq, k.shape[1], kept_heads, kv_head_of, k.device))
+    q = q if kept_heads is None else q.index_select(1, kept_heads)
+    q, k = q.to(wide).flatten(0, 1), k.to(wide)
+    if seen.key_padding_mask is not None:
+        k = k.masked_fill(~seen.key_padding_mask[:, None, :, None], 0)
+    k = k.flatten(0, 1)
 
     mass = torch.zeros(b * n, lk, dtype=wide, device=q.device)
     number = torch.zeros(b * n, 1, dtype=wide, device=q.device)
-    rows_at_once = max(1, min(lq, BLOCK_SCORES // lk))
-    heads_at_once = max(1, BLOCK_SCORES // (lk * lq)) if rows_at_once == lq else 1
-    # Rows of one sample share their visibility mask, so a block of heads with a mask stays within one sample.
-    masked = (
-        key_padding_mask is not None or query_positions is not None or (lse is None and counted is not None)
-    )
-    if masked:
-        heads_at_once = min(heads_at_once, n)
-    for first in _starts(b, n, heads_at_once, within_sample=masked):
-        last = min(first + heads_at_once, (first // n + 1) * n if masked else b * n)
-        keys = k[first:last].mT
-        for row in range(0, lq, rows_at_once):
-            block = slice(row, min(row + rows_at_once, lq))
-            seen = None
-            if masked:
-                sample_id = slice(first // n, first // n + 1)
-                seen = visible_keys(
-                    block.stop - row,
-                    lk,
-                    key_padding_mask=None if key_padding_mask is None else key_padding_mask[sample_id],
-                    block_size=None if query_positions is None else block_size,
-                    query_positions=None if query_positions is None else query_positions[sample_id, block],
-                    key_positions=None if key_positions is None else key_positions[sample_id],
-                    device=q.device,
-                )
-                if lse is None and counted is not None and query_positions is None:
-                    valid = counted[sample_id, block][..., None]
-                    seen = valid if seen is None else seen & valid
-            if lse is None:
-                scores = torch.bmm(q[first:last, block], keys).mul_(scale)
-                if seen is not None:
-                    scores.masked_fill_(~seen, -math.inf)
-                weights = torch.softmax(scores, -1)
-                if seen is not None:
-                    empty = ~seen.any(-1, keepdim=True)
-                    weights.masked_fill_(empty, 0)
-                    number[first:last] += (~empty).expand(1, block.stop - row, 1).sum(1)
-                else:
-                    number[first:last] += block.stop - row
-            else:
-                weights = torch.baddbmm(
-                    negative_lse[first:last, block], q[first:last, block], keys, alpha=scale * LOG2E
-                ).exp2_()
-                if seen is not None:
-                    weights.masked_fill_(~seen, 0)
-                number[first:last] += (lse[first:last, block] != math.inf).sum(1)
-            mass[first:last] += weights.sum(1)
+    for heads, block, pairs in _blocks(b, n, q.shape[1], lk, seen, q.device):
+        if lowest is None:
+            weights, counted = _softmax_weights(q[heads, block], k[heads].mT, pairs, scale)
+        else:
+            weights, counted = _weights(q[heads, block], k[heads].mT, lowest[heads, block], pairs, scale)
+        mass[heads] += weights.sum(1)
+        number[heads] += counted
     mass = (mass / number.clamp_(min=1)).reshape(b, n, lk)
     if out.shape[2] > lk:
         out[:, :, lk:].zero_()
     if kept_heads is None:
         out[:, :, :lk] = mass
     else:
-        out[:, :, :lk].zero_().index_copy_(1, heads, mass.to(out.dtype))
+        out[:, :, :lk].zero_().index_copy_(1, kept_heads, mass.to(out.dtype))
 
 
-def _starts(b: int, n: int, heads_at_once: int, within_sample: bool) -> list[int]:
-    if not within_sample:
-        return list(range(0, b * n, heads_at_once))
-    return [i * n + h for i in range(b) for h in range(0, n, heads_at_once)]
+def _lowest(lse: Tensor, kept_heads: Tensor | None, seen: Visibility, rows: slice) -> Tensor:
+    """Minus the log-sum-exp, ``[B · h, rows, 1]``. An empty row adds nothing: exp2(s - inf) = 0. A padded
+    query is made one."""
+    lse = lse if kept_heads is None else lse.index_select(1, kept_heads)
+    lse = lse.masked_fill(lse == -math.inf, math.inf)
+    if seen.query_positions is not None:
+        lse = lse.masked_fill((seen.query_positions < 0)[:, None, rows], math.inf)
+    return -lse.flatten(0, 1)[..., None]
+
+
+def _of_rows(
+    seen: Visibility, rows: slice, b: int, lq: int, device: torch.device, with_lse: bool
+) -> Visibility:
+    """What the sampled rows see, None for what hides nothing."""
+    padding, block_size, positions, _ = seen
+    if padding is not None and bool(padding.all()):
+        padding = None
+    if block_size is None and with_lse:  # the log-sum-exp says which rows count
+        positions = None
+    elif block_size is not None and positions is None:
+        positions = torch.arange(lq, device=device)[None].expand(b, lq)
+    positions = None if positions is None else positions[:, rows]
+    return seen._replace(key_padding_mask=padding, query_positions=positions)
+
+
+def _key_heads(
+    hq: int, hkv: int, kept_heads: Tensor | None, kv_head_of: Tensor | None, device: torch.device
+) -> Tensor:
+    """The key/value head of each head that is kept."""
+    owner = reference.default_kv_head_of(hq, hkv, device) if kv_head_of is None else kv_head_of
+    return owner if kept_heads is None else owner.index_select(0, kept_heads)
+
+
+def _blocks(
+    b: int, n: int, lq: int, lk: int, seen: Visibility, device: torch.device
+) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Which of the ``b · n`` heads, which query rows, and what those see: `BLOCK_SCORES` scores or fewer."""
+    rows_at_once = max(1, min(lq, BLOCK_SCORES // lk))
+    heads_at_once = max(1, BLOCK_SCORES // (lk * lq)) if rows_at_once == lq else 1
+    # Rows of one sample share what they see, so where something is hidden heads at once are of one sample.
+    together = n if seen.limited else b * n
+    for start in range(0, b * n, together):
+        for first in range(start, start + together, heads_at_once):
+            heads = slice(first, min(first + heads_at_once, start + together))
+            sample = slice(first // n, first // n + 1)
+            for row in range(0, lq, rows_at_once):
+                block = slice(row, min(row + rows_at_once, lq))
+                pairs = seen.of(sample, block).keys(block.stop - row, lk, device) if seen.limited else None
+                yield heads, block, pairs
+
+
+def _weights(
+    q: Tensor, keys: Tensor, lowest: Tensor, pairs: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention weights ``[heads, rows, Lk]`` by the log-sum-exp, and how many rows of a head count."""
+    weights = torch.baddbmm(lowest, q, keys, alpha=scale * LOG2E).exp2_()
+    if pairs is not None:
+        weights.masked_fill_(~pairs, 0)
+    return weights, (lowest != -math.inf).sum(1)
+
+
+def _softmax_weights(
+    q: Tensor, keys: Tensor, pairs: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | int]:
+    """The same without it."""
+    scores = torch.bmm(q, keys).mul_(scale)
+    if pairs is None:
+        return torch.softmax(scores, -1), q.shape[1]
+    weights = torch.softmax(scores.masked_fill_(~pairs, -math.inf), -1)
+    empty = ~pairs.any(-1, keepdim=True)
+    return weights.masked_fill_(empty, 0), (~empty).expand(1, q.shape[1], 1).sum(1)

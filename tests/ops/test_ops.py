@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kernel_cases import SHAPES, make_case
 
 from sinkprune import ops
+from sinkprune.kernels.visibility import Visibility
 from sinkprune.ops import _pytorch, native
 
 MASS_BACKENDS = [
@@ -125,9 +126,7 @@ def test_column_mass_never_holds_the_scores_of_all_heads():
             return result
 
     with Watch():
-        _pytorch.column_mass_(
-            torch.empty(1, 8, 256), q, q, None, None, None, None, None, None, None, 0.25, None, None
-        )
+        _pytorch.column_mass_(torch.empty(1, 8, 256), q, q, None, None, None, Visibility(), 0.25, None, None)
     assert largest <= max(_pytorch.BLOCK_SCORES, q.numel())
 
 
