@@ -89,7 +89,9 @@ class LiveAttention(nn.Module):
         if dropout_p or is_causal:
             what = f"dropout {dropout_p}: call model.eval() first" if dropout_p else "a causal mask"
             raise ValueError(f"pruned or tracked attention of a diffusion model does not know {what}")
-        seen = self.hidden.get(threading.get_ident(), Visibility()).to(query.device)
+        seen = Visibility()
+        if self.hidden:  # else nothing is asked that torch.compile can't
+            seen = self.hidden.get(threading.get_ident(), seen).to(query.device)
         if seen.block_size is not None:
             attn_mask = None
         if attn_mask is not None:
