@@ -250,6 +250,10 @@ def _validate_experts(i: int, layer: LayerPlan, experts: Experts) -> None:
         refusal = experts.refusal(i, kept)
         if refusal:
             raise ValueError(f"layer {i}: {refusal}")
+    if (kept == []) != (layer.kept_channels == []):
+        raise ValueError(
+            f"layer {i}: kept_experts and kept_channels are both empty, where the MLP goes, or neither is"
+        )
     if channels is None:
         return
     expected = experts.count[i] if kept is None else len(kept)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.models.caches import Cache
+from sinkprune.models.experts import ExpertMLP, Router
 from sinkprune.models.marks import form_of, plan_of
 from sinkprune.models.modules import AttentionCall
-from sinkprune.plans import Geometry, PrunePlan
+from sinkprune.plans import Geometry, LayerPlan, PrunePlan
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,24 @@ class Adapter(ABC):
                 raise ValueError(
                     f"layers {first} and {layer} share their attention weights: pruning one would prune both"
                 )
+
+    def expert_mlp(self, layer: int) -> ExpertMLP | None:
+        """The mixture of experts of ``layer``, whose experts plans may take; None where its MLP is dense, or
+        the family's experts stay."""
+        return None
+
+    def check_experts(self, layers: list[LayerPlan]) -> None:
+        """Raise ``ValueError``, before anything changes, where this model's experts can't go as ``layers``
+        say."""
+        for layer, kept in enumerate(layers):
+            if kept.kept_experts is None and kept.kept_expert_channels is None:
+                continue
+            mlp = self.expert_mlp(layer)
+            if mlp is None:
+                raise ValueError(f"the experts of layer {layer} stay as they are in this {self.family} model")
+            for name, module in mlp.named_modules():
+                if isinstance(getattr(module, "weight", None), Tensor) and not isinstance(module, Router):
+                    require_plain(layer, name, module, hooks=kept.kept_expert_channels is not None)
 
     def require_plain(self, kept_channels: list[list[int] | None] | None = None) -> None:
         """Raise ``ValueError`` where a projection computes more than its weight says: what packing, fusing,

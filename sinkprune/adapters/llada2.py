@@ -14,15 +14,18 @@ from sinkprune.models.llada2 import LLaDA2
 
 @register_adapter
 class NativeLLaDA2(NativeBlockCausal):
-    """Experts keep their channels; ``Geometry.channels`` counts those that a token passes through."""
+    """``Geometry.channels`` of a layer with experts counts those that a token passes through."""
 
     family = "llada2_moe"
-    facts = Facts("LLaDA2.0-mini, -flash", channels="dense layers only; experts keep theirs")
+    facts = Facts("LLaDA2.0-mini, -flash", channels="of dense layers, and of experts")
     MODEL = LLaDA2
     site = "attention"
     attention_names: ClassVar[dict[str, str]] = {"qkv": "attention.query_key_value", "o": "attention.dense"}
     norm_names = ("query_layernorm", "key_layernorm")
-    sizes: ClassVar[dict[str, str]] = NativeBlockCausal.sizes | {"channels": "layer_channels"}
+    sizes: ClassVar[dict[str, str]] = NativeBlockCausal.sizes | {
+        "channels": "layer_channels",
+        "experts": "experts",
+    }
 
 
 _COUNTS = ("num_heads", "num_key_value_heads", "num_key_value_groups", "head_dim")

@@ -20,6 +20,7 @@ from sinkprune.adapters.base import (
 from sinkprune.models.block_causal import positions_of
 from sinkprune.models.caches import Cache
 from sinkprune.models.common import GatedMLP, NativeLM, PublishedConfig
+from sinkprune.models.experts import ExpertMLP
 from sinkprune.plans import Geometry
 
 MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
@@ -84,9 +85,13 @@ class NativeAdapter(Adapter):
         block = self.block(layer)
         if not self._has_mlp(layer):
             raise ValueError(
-                f"the MLP of layer {layer} is a mixture of experts: only its heads can be pruned"
+                f"the MLP of layer {layer} is a mixture of experts, which has no channels of its own to prune"
             )
         return block if block.mlp is None else block.mlp
+
+    def expert_mlp(self, layer: int) -> ExpertMLP | None:
+        mlp = self.block(layer).mlp
+        return mlp if isinstance(mlp, ExpertMLP) else None
 
     def _has_mlp(self, layer: int) -> bool:
         mlp = self.block(layer).mlp

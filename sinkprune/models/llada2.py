@@ -12,16 +12,16 @@ configuration files.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune.models.block_causal import BlockCausalConfig, BlockCausalLayer, BlockCausalLM
 from sinkprune.models.common import AttentionCore, GatedMLP
+from sinkprune.models.experts import ExpertMLP, Routing
 from sinkprune.models.modules import KeyValueCache
 from sinkprune.models.norm import RMSNorm, norm_and_rotate
+from sinkprune.plans import Experts
 
 
 @dataclass(kw_only=True)
@@ -84,6 +84,24 @@ class LLaDA2Config(BlockCausalConfig):
         return self.moe_intermediate_size * (self.num_shared_experts or 0)
 
     @property
+    def routing(self) -> Routing:
+        return Routing(
+            self.num_experts_per_tok, self.n_group, self.topk_group, scale=self.routed_scaling_factor
+        )
+
+    @property
+    def experts(self) -> Experts:
+        dense = self.first_k_dense_replace
+        return Experts(
+            tuple(0 if layer < dense else self.num_experts for layer in range(self.num_hidden_layers)),
+            self.moe_intermediate_size,
+            self.num_experts_per_tok,
+            self.shared_width,
+            self.n_group,
+            self.topk_group,
+        )
+
+    @property
     def layer_channels(self) -> tuple[int, ...]:
         """Channels of each layer's dense MLP, or of the experts that a token passes through."""
         routed = self.num_experts_per_tok * self.moe_intermediate_size + self.shared_width
@@ -115,64 +133,18 @@ class LLaDA2Attention(AttentionCore):
         return self.dense(self.attend(q, k, v, **seen))
 
 
-class Router(nn.Module):
-    """Which experts a token goes to, and how much each counts."""
-
-    def __init__(self, config: LLaDA2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
-        self.register_buffer("expert_bias", torch.zeros(config.num_experts))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids int64 and weights float32, ``[T, k]`` each, of tokens ``[T, hidden]``."""
-        config = self.config
-        scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        ranks = scores + cast(Tensor, self.expert_bias).float()
-        if config.n_group > 1:
-            groups = ranks.unflatten(-1, (config.n_group, -1))
-            best = groups.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
-            open_groups = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, True)
-            ranks = groups.masked_fill(~open_groups[..., None], -torch.inf).flatten(-2)
-        experts = ranks.topk(config.num_experts_per_tok, dim=-1).indices
-        weights = scores.gather(-1, experts)
-        if config.num_experts_per_tok > 1:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return experts, weights * config.routed_scaling_factor
-
-
-class ExpertMLP(nn.Module):
-    """The experts that a token is routed to, one expert at a time, and those that every token goes to."""
-
-    def __init__(self, config: LLaDA2Config) -> None:
-        super().__init__()
-        hidden, width = config.hidden_size, config.moe_intermediate_size
-        self.gate = Router(config)
-        self.experts = nn.ModuleList(GatedMLP(hidden, width) for _ in range(config.num_experts))
-        if config.shared_width:
-            self.shared_experts = GatedMLP(hidden, config.shared_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
-        chosen, weights = self.gate(tokens)
-        routed = torch.zeros_like(tokens, dtype=torch.float32)
-        for expert in chosen.unique().tolist():
-            row, place = (chosen == expert).nonzero(as_tuple=True)
-            out = self.experts[expert](tokens[row])
-            routed.index_add_(0, row, out.float() * weights[row, place, None])
-        routed = routed.to(x.dtype).view_as(x)
-        return routed + self.shared_experts(x) if hasattr(self, "shared_experts") else routed
-
-
 class LLaDA2Layer(BlockCausalLayer):
-    """Compact modules replace its MLP only where that is dense."""
+    """Its MLP is dense, or a mixture of experts."""
 
     ATTENTION = "attention"
 
     def __init__(self, config: LLaDA2Config, index: int) -> None:
         attention, dense = LLaDA2Attention(config), index < config.first_k_dense_replace
-        mlp = GatedMLP(config.hidden_size, config.intermediate_size) if dense else ExpertMLP(config)
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        if dense:
+            mlp: nn.Module = GatedMLP(hidden, config.intermediate_size)
+        else:
+            mlp = ExpertMLP(config.routing, hidden, width, config.num_experts, config.shared_width)
         super().__init__(config, attention, mlp)
 
 

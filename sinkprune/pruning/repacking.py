@@ -60,6 +60,7 @@ def apply(
     if "repair" in plan.details:  # of the model that the plan was taken from
         plan = replace(plan, details={k: v for k, v in plan.details.items() if k != "repair"})
     adapter.check(*_kept(plan), mode)
+    adapter.check_experts(plan.layers)
     if mode == "mask":
         if calibration is not None and repair is not None:
             raise ValueError("repair changes weights, which the mask form leaves as they are: repair=None")
@@ -97,6 +98,7 @@ def lay_out(model: nn.Module, plan: PrunePlan) -> nn.Module:
     _require_geometry(adapter, plan)
     if not any(parameter.is_meta for parameter in model.parameters()):
         adapter.check(*_kept(plan), "compact")
+    adapter.check_experts(plan.layers)
     added = add_biases(adapter, plan) if "repair" in plan.details else []
     try:
         install_compact(model, plan)
@@ -115,6 +117,7 @@ def restore(model: nn.Module) -> nn.Module:
         raise ValueError("a compact model can't be restored: load the dense checkpoint again")
     for layer in range(adapter.geometry().num_layers):
         adapter.mask(layer, None, None)
+        skip_experts(adapter, layer, None)
     mark(model, None, "dense")
     return model
 
@@ -127,8 +130,15 @@ def _require_geometry(adapter: Adapter, plan: PrunePlan) -> None:
 
 
 def _kept(plan: PrunePlan) -> tuple[list[list[int]], list[list[int] | None]]:
-    """Heads and channels that every layer keeps."""
-    return [layer.kept_heads for layer in plan.layers], [layer.kept_channels for layer in plan.layers]
+    """Heads that every layer keeps, and channels of its dense MLP."""
+    layers = range(plan.geometry.num_layers)
+    return [layer.kept_heads for layer in plan.layers], [_dense_channels(plan, layer) for layer in layers]
+
+
+def _dense_channels(plan: PrunePlan, layer: int) -> list[int] | None:
+    """What a layer's dense MLP keeps; None = all, or experts that go as a whole."""
+    kept = plan.layers[layer]
+    return None if kept.kept_experts == [] else kept.kept_channels
 
 
 def install_compact(model: nn.Module, plan: PrunePlan, *, low_memory: bool = False) -> None:
@@ -157,10 +167,21 @@ def compact_layer(adapter: Adapter, plan: PrunePlan, layer: int) -> tuple[nn.Mod
     attention = compact_attention(
         adapter.attention_weights(layer), adapter.geometry(), layer, kept.kept_heads
     )
-    mlp = None
-    if kept.kept_channels is not None:
-        mlp = compact_mlp(adapter.mlp_weights(layer), kept.kept_channels)
-    return attention, mlp
+    channels = _dense_channels(plan, layer)
+    if channels is not None:
+        return attention, compact_mlp(adapter.mlp_weights(layer), channels)
+    return attention, _compact_experts(adapter, layer, kept)
+
+
+def _compact_experts(adapter: Adapter, layer: int, kept: LayerPlan) -> nn.Module | None:
+    """The layer's mixture of the experts that it keeps; None where they all stay."""
+    dense = adapter.expert_mlp(layer)
+    if dense is None or (kept.kept_experts is None and kept.kept_expert_channels is None):
+        return None
+    if kept.kept_experts != []:
+        return dense.keeping(kept.kept_experts, kept.kept_expert_channels)
+    router = dense.gate.weight
+    return CompactMLP(router.new_empty(0, router.shape[1]), router.new_empty(router.shape[1], 0))
 
 
 def compact_attention(
@@ -198,11 +219,8 @@ def mask_indices(adapter: Adapter, plan: PrunePlan) -> list[tuple[Tensor | None,
     found: list[tuple[Tensor | None, Tensor | None]] = []
     for layer, kept in enumerate(plan.layers):
         device = adapter.attention_weights(layer).q.device
-        channels = (
-            None
-            if kept.kept_channels is None
-            else torch.tensor(kept.kept_channels, dtype=torch.long, device=device)
-        )
+        chosen = _dense_channels(plan, layer)
+        channels = None if chosen is None else torch.tensor(chosen, dtype=torch.long, device=device)
         everything = len(kept.kept_heads) == plan.geometry.heads[layer]
         heads = None if everything else torch.tensor(kept.kept_heads, dtype=torch.long, device=device)
         found.append((heads, channels))
@@ -212,6 +230,17 @@ def mask_indices(adapter: Adapter, plan: PrunePlan) -> list[tuple[Tensor | None,
 def _mask(adapter: Adapter, plan: PrunePlan) -> None:
     for layer, (heads, channels) in enumerate(mask_indices(adapter, plan)):
         adapter.mask(layer, heads, channels)
+        skip_experts(adapter, layer, plan.layers[layer])
+
+
+def skip_experts(adapter: Adapter, layer: int, kept: LayerPlan | None) -> None:
+    """Mask form of a layer's experts, where it has some; None undoes it."""
+    mlp = adapter.expert_mlp(layer)
+    if mlp is None:
+        return
+    chosen = (None, None) if kept is None else (kept.kept_experts, kept.kept_expert_channels)
+    device = mlp.gate.weight.device
+    mlp.skip(*(None if ids is None else torch.tensor(ids, dtype=torch.long, device=device) for ids in chosen))
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
@@ -238,10 +267,9 @@ def fuse(model: nn.Module, *, low_memory: bool = False) -> nn.Module:
             "native model"
         )
     geometry = adapter.geometry()
-    gated = geometry.mlp_matrices == 3
-    layers = [
-        LayerPlan(list(range(heads)), list(range(channels)) if gated else None)
-        for heads, channels in zip(geometry.heads, geometry.channels, strict=True)
-    ]
+    layers = []
+    for layer, (heads, channels) in enumerate(zip(geometry.heads, geometry.channels, strict=True)):
+        dense = geometry.mlp_matrices == 3 and not geometry.experts_of(layer)
+        layers.append(LayerPlan(list(range(heads)), list(range(channels)) if dense else None))
     plan = PrunePlan(geometry, adapter.fingerprint(), layers, criterion="nothing", ratio=0.0)
     return apply(model, plan, low_memory=low_memory)
