@@ -14,50 +14,18 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
-from sinkprune.adapters.base import (
-    Adapter,
-    AttentionWeights,
-    LayerObserver,
-    MLPWeights,
-    require_eval,
-    require_repackable,
-    tensors_of,
-)
-from sinkprune.models.modules import AttentionCall, AttentionObserver
+from sinkprune.adapters.base import AttentionWeights, LayerObserver, MLPWeights, split_fused, tensors_of
+from sinkprune.adapters.in_place import InPlaceAdapter, Selection
+from sinkprune.adapters.masked import masked_attention, masked_call
+from sinkprune.models.modules import AttentionCall
 from sinkprune.plans import Geometry
 
 NAME = "sinkprune"
 _SELECTION = "sinkprune_heads"  # the submodule that attention modules get
-_CHANNELS = "sinkprune_channels"  # the buffer that MLPs' last matrices get
 _ORIGINAL = "sinkprune_original_attention"  # what to restore: an attribute of the model
-
-
-class HeadSelection(nn.Module):
-    """What is ours in one attention module; buffers, so that it moves with the model and saves nothing."""
-
-    kept_heads: Tensor | None  # int [h]; None = all
-    kv_head_of: Tensor | None  # int [H]; None = equal groups
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("kept_heads", None, persistent=False)
-        self.register_buffer("kv_head_of", None, persistent=False)
-        self.observer: AttentionObserver | None = None
-
-    def idle(self) -> bool:
-        return self.kept_heads is None and self.kv_head_of is None and self.observer is None
-
-
-class PackedProjections(nn.ModuleDict):
-    """A layer's narrow linear layers by role, and the key/value head that each query head reads."""
-
-    def __init__(self, linears: dict[str, nn.Module], kv_head_of: list[int]) -> None:
-        super().__init__(linears)
-        self.kv_head_of = kv_head_of
 
 
 def attention(
@@ -74,7 +42,7 @@ def attention(
     """The function behind the name "sinkprune" in transformers' ``AttentionInterface``.
 
     Args:
-        module: the attention module, with a ``HeadSelection`` where something is to be done.
+        module: the attention module, with a ``Selection`` where something is to be done.
         query: ``[B, H, Lq, D]``; key, value: ``[B, Hkv, Lk, D]``.
         attention_mask: as ``sdpa_mask`` makes it, or None.
 
@@ -85,7 +53,7 @@ def attention(
         ValueError: attention dropout together with a selection, or scores capped or biased in a way that
             PyTorch's attention has no argument for.
     """
-    selection = cast("HeadSelection | None", module._modules.get(_SELECTION))
+    selection = cast("Selection | None", module._modules.get(_SELECTION))
     if selection is None or selection.idle():
         return _plain_attention()(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
@@ -117,54 +85,15 @@ def attention(
         )
         call = AttentionCall(query, key, lse, kept, owner, padding, scale=scaling)
     else:
-        out = _masked_attention(query, key, value, attention_mask, is_causal, scaling, kept, owner)
+        out = masked_attention(query, key, value, attention_mask, is_causal, scaling, kept, owner)
         call = AttentionCall(query, key, None, kept, owner, scale=scaling)
         if observer is not None and attention_mask is None:
             call = call._replace(block_size=1)
         elif observer is not None:
-            call = _masked_call(call, cast(Tensor, attention_mask))
+            call = masked_call(call, cast(Tensor, attention_mask), queries_last=True)
     if observer is not None:
         observer(call)
     return out.transpose(1, 2), None
-
-
-def _masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    kept: Tensor | None,
-    owner: Tensor | None,
-) -> Tensor:
-    """PyTorch's attention of the kept heads under any mask: ``[B, H, Lq, D]``, zeros where not kept."""
-    heads, group = query.shape[1], max(1, query.shape[1] // max(1, key.shape[1]))
-    chosen = query
-    if kept is not None:
-        chosen = query.index_select(1, kept)
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask.index_select(1, kept)
-    if owner is None and (kept is not None or group > 1):
-        owner = torch.arange(heads, device=query.device) // group
-    if owner is not None:
-        owner = owner if kept is None else owner.index_select(0, kept)
-        key, value = key.index_select(1, owner), value.index_select(1, owner)
-    out = F.scaled_dot_product_attention(chosen, key, value, attn_mask=mask, is_causal=is_causal, scale=scale)
-    if kept is None:
-        return out
-    b, _, length, width = query.shape
-    return out.new_zeros(b, length, heads, width).transpose(1, 2).index_copy(1, kept, out)
-
-
-def _masked_call(call: AttentionCall, mask: Tensor) -> AttentionCall:
-    """The call with its mask, and with what the mask says about padding: keys that no query sees."""
-    queries, keys = call.query.shape[2], call.key.shape[2]
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    padding = seen.any(1).any(1).expand(call.query.shape[0], keys)
-    index = torch.arange(queries, dtype=torch.int32, device=mask.device)
-    positions = torch.where(padding[:, keys - queries :], index, -1)  # queries are the last of the keys
-    return call._replace(key_padding_mask=padding, query_positions=positions, mask=mask)
 
 
 def _plain_attention() -> Callable[..., tuple[Tensor, None]]:
@@ -192,13 +121,13 @@ def is_transformers_model(model: nn.Module) -> bool:
     )
 
 
-class TransformersAdapter(Adapter):
+class TransformersAdapter(InPlaceAdapter):
     """A transformers-native model, changed in place: smaller linear layers in the same modules.
 
-    A family names its layers and where their matrices are. Roles: ``q k v o`` or ``qkv o``, and ``gate up
-    down``, ``gate_up down`` or ``up down``.
+    A family names its layers and where their matrices are.
     """
 
+    runs_in = "transformers' attention"
     head_dim_name = "head_dim"  # of the attention module
 
     @classmethod
@@ -236,6 +165,12 @@ class TransformersAdapter(Adapter):
     def mlp_of(self, block: nn.Module) -> dict[str, nn.Module]:
         """The MLP's linear layers by role. Raises ``ValueError`` naming why it can't be pruned."""
         raise ValueError(f"MLP channels of {self.family} models can't be pruned, only heads")
+
+    def attention_linears(self, layer: int) -> dict[str, nn.Module]:
+        return self.projections_of(self.blocks()[layer])
+
+    def mlp_linears(self, layer: int) -> dict[str, nn.Module]:
+        return self.mlp_of(self.blocks()[layer])
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
         block = self.blocks()[layer]
@@ -283,10 +218,7 @@ class TransformersAdapter(Adapter):
     def attention_weights(self, layer: int) -> AttentionWeights:
         weights = tensors_of(self.projections_of(self.blocks()[layer]), layer)
         if "qkv" in weights:
-            for suffix in ("", "_bias"):
-                fused = weights.pop(f"qkv{suffix}")
-                parts = (None,) * 3 if fused is None else fused.chunk(3)
-                weights |= {f"{role}{suffix}": part for role, part in zip("qkv", parts, strict=True)}
+            split_fused(weights, (len(weights["qkv"]) // 3,) * 3)
         attention = self._attention(layer)
         return AttentionWeights(
             **weights,
@@ -302,83 +234,35 @@ class TransformersAdapter(Adapter):
         gate = found["gate"].weight if "gate" in found else None
         return MLPWeights(gate, found["up"].weight, found["down"].weight)
 
-    def check(self, kept_heads: list[list[int]], kept_channels: list[list[int] | None], mode: str) -> None:
-        super().check(kept_heads, kept_channels, mode)
-        dropout = getattr(self.config, "attention_dropout", None)
-        if dropout is None:
-            dropout = getattr(self.config, "attention_probs_dropout_prob", 0.0)
-        require_eval(self.model, dropout)
-        if mode == "mask":
-            return
-        for layer, (block, channels) in enumerate(zip(self.blocks(), kept_channels, strict=True)):
-            linears = dict(self.projections_of(block))
-            if channels is not None:
-                linears |= self.mlp_of(block)
-            require_repackable(layer, kept_heads[layer], linears, "transformers' attention")
+    @property
+    def dropout(self) -> float | None:
+        found = getattr(self.config, "attention_dropout", None)
+        return getattr(self.config, "attention_probs_dropout_prob", 0.0) if found is None else found
 
-    @torch.no_grad()
-    def compact(
-        self, layer: int, kept_heads: list[int], kept_channels: list[int] | None
-    ) -> tuple[nn.Module, nn.Module | None]:
-        geometry, block = self.geometry(), self.blocks()[layer]
-        heads, width = geometry.heads[layer], geometry.head_dim
-        kv_heads = geometry.kv_heads_used(layer, kept_heads)
-        rows = {"q": kept_heads, "k": kv_heads, "v": kv_heads, "qkv": _stacked(kept_heads, heads, 3)}
-        packed = {
-            role: _narrow(linear, kept_heads if role == "o" else rows[role], width, int(role == "o"))
-            for role, linear in self.projections_of(block).items()
-        }
-        owner = geometry.kv_head_of(layer)
-        projections = PackedProjections(packed, [kv_heads.index(owner[head]) for head in kept_heads])
-        if kept_channels is None:
-            return projections, None
-        stacked = _stacked(kept_channels, geometry.channels[layer], 2)
-        mlp = {
-            role: _narrow(linear, stacked if role == "gate_up" else kept_channels, 1, int(role == "down"))
-            for role, linear in self.mlp_of(block).items()
-        }
-        return projections, nn.ModuleDict(mlp)
-
-    def install(self, layer: int, attention: nn.Module | None, mlp: nn.Module | None) -> None:
-        block = self.blocks()[layer]
-        width = self._head_dim(layer)
-        for packed, linears in ((attention, self.projections_of), (mlp, self.mlp_of)):
-            if packed is not None:
-                for role, linear in linears(block).items():
-                    _take_over(linear, packed.get_submodule(role))
-        if not isinstance(attention, PackedProjections):
-            return
-        module, owner = self.attention_of(block), attention.kv_head_of
-        heads, group = len(owner), max(1, len(owner) // len(set(owner)))
-        if owner != [head // group for head in range(heads)]:
-            weight = cast(Tensor, self.projections_of(block)["o"].weight)
-            device = torch.device("cpu") if weight.is_meta else weight.device
-            self._selection(layer).kv_head_of = torch.tensor(owner, device=device)
+    def resized(self, layer: int, kv_head_of: list[int], group: int, index: Tensor | None) -> None:
+        if index is not None:
+            self._selection(layer).kv_head_of = index
+        module, heads = self._attention(layer), len(kv_head_of)
         # The module's own attributes follow, so that equal groups run on any attention implementation.
         for name, value in (
             ("num_key_value_groups", group),
             ("num_attention_heads", heads),
-            ("all_head_size", heads * width),
+            ("all_head_size", heads * self._head_dim(layer)),
         ):
             if hasattr(module, name):
                 setattr(module, name, value)
         self._switch()
 
-    def mask(self, layer: int, heads: Tensor | None, channels: Tensor | None) -> None:
-        block = self.blocks()[layer]
-        self._select_heads(layer, heads)
-        down = self.mlp_of(block)["down"] if channels is not None or self._has_channels(block) else None
-        if down is not None:
-            skip_channels(cast(nn.Linear, down), channels)
+    def select(self, layer: int, heads: Tensor | None) -> None:
+        for attention in self.attentions_of(layer):
+            selection_of(attention).kept_heads = heads
         self._switch()
 
-    def _select_heads(self, layer: int, heads: Tensor | None) -> None:
-        self._selection(layer).kept_heads = heads
+    def attentions_of(self, layer: int) -> list[nn.Module]:
+        """The attentions of one set of projections."""
+        return [self._attention(layer)]
 
-    def _has_channels(self, block: nn.Module) -> bool:
-        return any(_CHANNELS in module._buffers for module in block.modules())
-
-    def _selection(self, layer: int) -> HeadSelection:
+    def _selection(self, layer: int) -> Selection:
         return selection_of(self._attention(layer))
 
     def observe(self, observer: LayerObserver | None) -> None:
@@ -394,7 +278,7 @@ class TransformersAdapter(Adapter):
     def _switch(self) -> None:
         """Turn the model to our attention where something of ours is active, else back to the user's."""
         model = cast(Any, self.model)
-        selections = [m for m in model.modules() if isinstance(m, HeadSelection)]
+        selections = [m for m in model.modules() if isinstance(m, Selection)]
         active = any(not selection.idle() for selection in selections)
         original = model.__dict__.get(_ORIGINAL)
         if active and original is None:
@@ -414,52 +298,8 @@ class TransformersAdapter(Adapter):
                     del module._modules[_SELECTION]
 
 
-def selection_of(attention: nn.Module) -> HeadSelection:
+def selection_of(attention: nn.Module) -> Selection:
     """The attention module's selection, made where there is none."""
     if attention._modules.get(_SELECTION) is None:
-        attention.add_module(_SELECTION, HeadSelection())
-    return cast(HeadSelection, attention._modules[_SELECTION])
-
-
-def skip_channels(down: nn.Linear, channels: Tensor | None) -> None:
-    """Zero all but ``channels`` of what ``down`` multiplies; None undoes it."""
-    for key, hook in list(down._forward_pre_hooks.items()):
-        if hook is _zero_channels:
-            del down._forward_pre_hooks[key]
-    if channels is None:
-        down._buffers.pop(_CHANNELS, None)
-        down._non_persistent_buffers_set.discard(_CHANNELS)
-        return
-    keep = torch.zeros(down.in_features, dtype=torch.bool, device=channels.device)
-    down.register_buffer(_CHANNELS, keep.index_fill(0, channels, True), persistent=False)
-    down.register_forward_pre_hook(_zero_channels)
-
-
-def _zero_channels(down: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0] * down._buffers[_CHANNELS], *args[1:])
-
-
-def _stacked(ids: list[int], size: int, times: int) -> list[int]:
-    """Ids of ``times`` equal parts of ``size`` one after the other."""
-    return [part * size + i for part in range(times) for i in ids]
-
-
-def _narrow(linear: nn.Module, ids: list[int], width: int, dim: int) -> nn.Module:
-    """A linear layer of the rows (``dim=0``) or columns (``dim=1``) in ``ids``, pieces of ``width``."""
-    source = cast(nn.Linear, linear)
-    weight = ops.gather_heads(source.weight, ids, width, dim)
-    bias: Tensor | None = source.bias
-    if bias is not None:
-        bias = bias.detach().clone() if dim else ops.gather_heads(bias, ids, width, 0)
-    packed = nn.Linear(1, 1, bias=False, device="meta")
-    packed.weight = nn.Parameter(weight, requires_grad=source.weight.requires_grad)
-    if bias is not None:
-        packed.bias = nn.Parameter(bias, requires_grad=source.bias.requires_grad)
-    return packed
-
-
-def _take_over(linear: nn.Module, packed: nn.Module) -> None:
-    """Give ``linear``, which keeps its identity and its hooks, the parameters of ``packed``."""
-    target, source = cast(nn.Linear, linear), cast(nn.Linear, packed)
-    target.weight, target.bias = source.weight, source.bias
-    target.out_features, target.in_features = source.weight.shape
+        attention.add_module(_SELECTION, Selection())
+    return cast(Selection, attention._modules[_SELECTION])

@@ -16,7 +16,6 @@ from sinkprune.adapters.base import AttentionWeights, Facts, check_ready, regist
 from sinkprune.adapters.transformers_attention import (
     TransformersAdapter,
     is_transformers_model,
-    selection_of,
 )
 from sinkprune.plans import Geometry
 
@@ -111,9 +110,8 @@ class TransformersDiffusionGemma(TransformersAdapter):
             "the others and take their values from the keys' projection"
         )
 
-    def _select_heads(self, layer: int, heads: Tensor | None) -> None:
-        for block in (self.blocks()[layer], self._encoder_blocks()[layer]):  # one matrix, one selection
-            selection_of(self.attention_of(block)).kept_heads = heads
+    def attentions_of(self, layer: int) -> list[nn.Module]:
+        return [self.attention_of(block[layer]) for block in (self.blocks(), self._encoder_blocks())]
 
     def predict(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: slice = slice(None)
