@@ -1,15 +1,16 @@
 """What every transformers-native family shares: our attention behind transformers' attention interface.
 
-transformers' attention modules hand their queries, keys and values to a function chosen by name in the
-config. While something of ours is active in a model (skipped heads, unevenly shared key/value heads, an
-observer) that name is "sinkprune"; otherwise it is the user's own.
+transformers' attention modules hand their queries, keys and values to a function chosen by name in their
+config. While something of ours is active in one (skipped heads, unevenly shared key/value heads, an
+observer) it has a config of its own in which that name is "sinkprune". The model's config stays the user's:
+what masks it makes does not change while another thread's forward is under way.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -20,12 +21,20 @@ from sinkprune import ops
 from sinkprune.adapters.base import AttentionWeights, LayerObserver, MLPWeights, split_fused, tensors_of
 from sinkprune.adapters.in_place import InPlaceAdapter, Selection
 from sinkprune.adapters.masked import masked_attention, masked_call
+from sinkprune.adapters.transformers_masks import whole_mask
 from sinkprune.models.modules import AttentionCall
 from sinkprune.plans import Geometry
 
 NAME = "sinkprune"
 _SELECTION = "sinkprune_heads"  # the submodule that attention modules get
-_ORIGINAL = "sinkprune_original_attention"  # what to restore: an attribute of the model
+
+
+class HeadSelection(Selection):
+    """``config`` is the attention module's own, which it has again when this goes."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
 
 
 def attention(
@@ -44,7 +53,8 @@ def attention(
     Args:
         module: the attention module, with a ``Selection`` where something is to be done.
         query: ``[B, H, Lq, D]``; key, value: ``[B, Hkv, Lk, D]``.
-        attention_mask: as ``sdpa_mask`` makes it, or None.
+        attention_mask: as transformers makes it for the model's own attention: bool or additive
+            ``[B, 1, Lq, Lk]``, FlashAttention's ``[B, Lk]``, FlexAttention's block mask, or None.
 
     Returns:
         ``(out [B, Lq, H, D], None)``; heads that are skipped give zeros.
@@ -53,9 +63,16 @@ def attention(
         ValueError: attention dropout together with a selection, or scores capped or biased in a way that
             PyTorch's attention has no argument for.
     """
-    selection = cast("Selection | None", module._modules.get(_SELECTION))
+    selection = cast("HeadSelection | None", module._modules.get(_SELECTION))
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    if selection is not None:
+        name = selection.config._attn_implementation or ""
+        attention_mask = whole_mask(attention_mask, query, key, is_causal, name, options)
     if selection is None or selection.idle():
-        return _plain_attention()(
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
             **options,
         )  # fmt: skip
@@ -65,8 +82,6 @@ def attention(
         if options.get(option) is not None:
             raise ValueError(f"pruned or tracked attention does not know {option!r}")
     kept, owner, observer = selection.kept_heads, selection.kv_head_of, selection.observer
-    if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
     is_causal = is_causal and attention_mask is None and query.shape[2] > 1
     if is_causal and key.shape[2] > query.shape[2]:  # an empty static cache: the rest of it is not filled
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
@@ -94,12 +109,6 @@ def attention(
     if observer is not None:
         observer(call)
     return out.transpose(1, 2), None
-
-
-def _plain_attention() -> Callable[..., tuple[Tensor, None]]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward
 
 
 def _register() -> None:
@@ -262,7 +271,7 @@ class TransformersAdapter(InPlaceAdapter):
         """The attentions of one set of projections."""
         return [self._attention(layer)]
 
-    def _selection(self, layer: int) -> Selection:
+    def _selection(self, layer: int) -> HeadSelection:
         return selection_of(self._attention(layer))
 
     def observe(self, observer: LayerObserver | None) -> None:
@@ -276,30 +285,30 @@ class TransformersAdapter(InPlaceAdapter):
         return selection is not None and selection.observer is not None
 
     def _switch(self) -> None:
-        """Turn the model to our attention where something of ours is active, else back to the user's."""
-        model = cast(Any, self.model)
-        selections = [m for m in model.modules() if isinstance(m, Selection)]
-        active = any(not selection.idle() for selection in selections)
-        original = model.__dict__.get(_ORIGINAL)
-        if active and original is None:
-            _register()
-            original = {"": model.config._attn_implementation}
-            for name in model.config.sub_configs:
-                if getattr(model.config, name, None) is not None:
-                    original[name] = getattr(model.config, name)._attn_implementation
-            model.__dict__[_ORIGINAL] = original
-            model.set_attn_implementation(NAME)
-        elif not active and original is not None:
-            model.set_attn_implementation(original)
-            del model.__dict__[_ORIGINAL]
-        if not active:
-            for module in model.modules():
-                if _SELECTION in module._modules:
-                    del module._modules[_SELECTION]
+        """Turn attention modules to our attention where something of ours is active, the others back."""
+        for attention in list(self.model.modules()):
+            selection = attention._modules.get(_SELECTION)
+            if not isinstance(selection, HeadSelection):
+                continue
+            module = cast(Any, attention)
+            if selection.idle():
+                module.config = selection.config
+                _exchange_submodules(module, {k: v for k, v in module._modules.items() if k != _SELECTION})
+            elif module.config is selection.config:
+                _register()
+                config = copy.copy(selection.config)
+                config._attn_implementation_internal = NAME
+                module.config = config
 
 
-def selection_of(attention: nn.Module) -> Selection:
+def selection_of(attention: nn.Module) -> HeadSelection:
     """The attention module's selection, made where there is none."""
     if attention._modules.get(_SELECTION) is None:
-        attention.add_module(_SELECTION, Selection())
-    return cast(Selection, attention._modules[_SELECTION])
+        selection = HeadSelection(attention.config)
+        _exchange_submodules(attention, {**attention._modules, _SELECTION: selection})
+    return cast(HeadSelection, attention._modules[_SELECTION])
+
+
+def _exchange_submodules(module: nn.Module, modules: dict[str, nn.Module | None]) -> None:
+    """As a whole: another thread may be walking through the old ones."""
+    module.__dict__["_modules"] = modules

@@ -17,15 +17,28 @@ from hf import (
     valid_logits,
     zeroed_by_hand,
 )
+from torch.nn.attention.flex_attention import create_block_mask
 from toys import assert_same_tensors, bits, manual_plan, one_thread, tokens  # noqa: F401
 
 import sinkprune as sp
+from sinkprune.adapters.transformers_masks import whole_mask
 from sinkprune.planning.criteria import criterion_for, criterion_names
 
 ALL = [[0, 1, 2, 3]] * 3
 UNEVEN = [[0, 2], [1], [0, 1, 3]]
 CHANNELS = [list(range(0, 40, 3)), None, [5]]
 every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def runs_ours(model):
+    """Whether each layer's attention is ours; the model's own config is the user's in any case."""
+    adapter = sp.adapter_for(model)
+    assert model.config._attn_implementation != "sinkprune"
+    names = {adapter.attention_of(block).config._attn_implementation for block in adapter.blocks()}
+    assert names in ({"sinkprune"}, {model.config._attn_implementation})
+    return names == {"sinkprune"}
+
+
 every_padding = pytest.mark.parametrize("padding", ["none", "left", "right"])
 
 
@@ -51,12 +64,12 @@ def test_nothing_pruned_changes_nothing(family, how, padding):
     expected = valid_logits(model, padding)
     if how == "our attention":
         with sp.track(model):
-            assert model.config._attn_implementation == "sinkprune"
+            assert runs_ours(model)
             got = valid_logits(model, padding)
     else:
         got = valid_logits(sp.apply(model, manual_plan(model, ALL), mode=how), padding)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    assert model.config._attn_implementation == "sdpa"  # nothing of ours is active: transformers' own runs
+    assert not runs_ours(model)  # nothing of ours is active: transformers' own runs
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if not name.startswith("bert")])
@@ -146,11 +159,11 @@ def test_masked_models_are_restored(family):
     before, dense = bits(model), valid_logits(model)
     modules = [name for name, _ in model.named_modules()]
     sp.apply(model, manual_plan(model, UNEVEN, CHANNELS), mode="mask")
-    assert model.config._attn_implementation == "sinkprune"
+    assert runs_ours(model)
     sp.restore(model)
     assert_same_tensors(model.state_dict(), before)
     assert torch.equal(valid_logits(model), dense)
-    assert model.config._attn_implementation == "sdpa"
+    assert not runs_ours(model)
     assert [name for name, _ in model.named_modules()] == modules
     sp.apply(model, manual_plan(model, UNEVEN))
     assert sp.adapter_for(model).form == "compact"
@@ -161,11 +174,36 @@ def test_the_users_own_attention_comes_back_after_tracking_also_on_an_exception(
     model = build("llama")
     model.set_attn_implementation(implementation)
     with pytest.raises(KeyError), sp.track(model):
-        assert model.config._attn_implementation == "sinkprune"
+        assert runs_ours(model)
         raise KeyError
-    assert model.config._attn_implementation == implementation
+    assert not runs_ours(model) and model.config._attn_implementation == implementation
     with sp.track(model), pytest.raises(RuntimeError, match="tracked already"), sp.track(model):
         pass
+
+
+@every_padding
+@pytest.mark.parametrize("implementation", ["eager", "flash_attention_2"])
+@every_family
+def test_masks_made_for_another_attention_hide_the_same_from_ours(family, implementation, padding):
+    """FlashAttention itself is not needed: every call of it becomes ours."""
+    model, plan = build(family), manual_plan(build(family), UNEVEN)
+    expected = valid_logits(sp.apply(copy.deepcopy(model), plan, mode="mask"), padding)
+    model.config._attn_implementation_internal = implementation
+    sp.apply(model, plan, mode="mask")
+    torch.testing.assert_close(valid_logits(model, padding), expected, atol=1e-5, rtol=0)
+
+
+def test_a_flex_mask_and_a_window_with_a_cache_hide_what_their_functions_say():
+    query, key = torch.zeros(2, 1, 3, 8), torch.zeros(2, 1, 7, 8)
+    flex = create_block_mask(lambda b, h, q, k: (k <= q + 4) & (k > b), 2, None, 3, 7, device="cpu")
+    got = whole_mask(flex, query, key, False, "flex_attention", {})
+    assert got[1, 0].int().tolist() == [[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1]]
+    window = {"sliding_window": 2}
+    got = whole_mask(None, query, key, True, "flash_attention_2", window)  # queries are the last of the keys
+    assert got[0, 0].int().tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1, 1]]
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1]])}
+    with pytest.raises(ValueError, match="does not know packed sequences"):
+        whole_mask(None, key, key, True, "flash_attention_2", packed)
 
 
 def test_profile_plan_and_generate_work_on_a_bidirectional_model():
@@ -201,7 +239,7 @@ def unchanged(model, message, action, error=ValueError):
     with pytest.raises(error, match=message):
         action()
     assert_same_tensors(model.state_dict(), before)
-    assert model.config._attn_implementation == "sdpa"
+    assert not runs_ours(model)
 
 
 def test_what_cannot_be_pruned_is_refused_by_name_before_anything_changes():

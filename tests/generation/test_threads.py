@@ -13,7 +13,7 @@ from decoder_twins import illada_twin
 from hf import build
 from layer_twins import llada2_twin, sdar_twin
 from torch import nn
-from toys import manual_plan, one_thread, tokens, toy  # noqa: F401
+from toys import WordTokenizer, manual_plan, one_thread, tokens, toy  # noqa: F401
 from upstream_twins import dream_twin, llada_twin
 
 import sinkprune as sp
@@ -29,6 +29,26 @@ MODELS = {
     "transformers": lambda: build("modernbert"),
 }
 ROUNDS = 100  # of each of two threads
+FORMS = {
+    "native": (toy, {}),
+    "native, masked, prefix cache": (toy, {"form": "mask", "cache": "prefix"}),
+    "native, dual cache": (toy, {"cache": "dual"}),
+    "native, block-causal, compact, block cache": (toy_llada2, {"form": "compact", "cache": "block"}),
+    "live LLaDA, masked": (llada_twin, {"form": "mask"}),
+    "live Dream, masked": (dream_twin, {"form": "mask"}),
+    "live SDAR, compact": (sdar_twin, {"form": "compact"}),
+    "live LLaDA2": (llada2_twin, {}),
+    "live iLLaDA": (illada_twin, {}),
+    "ModernBERT, eager": (lambda: eager("modernbert"), {}),
+    "ModernBERT, eager, masked": (lambda: eager("modernbert"), {"form": "mask"}),
+    "Qwen3, eager, compact": (lambda: eager("qwen3, bidirectional"), {"form": "compact"}),
+}
+
+
+def eager(family: str) -> nn.Module:
+    model = build(family)
+    model.set_attn_implementation("eager")
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +85,61 @@ def test_two_threads_with_other_padding_compute_what_each_computes_alone(make):
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, (0, 1))) == [ROUNDS, ROUNDS]
+
+
+@pytest.mark.parametrize(("make", "options"), FORMS.values(), ids=FORMS.keys())
+def test_two_threads_write_what_each_writes_alone(make, options):
+    """200 of 200 texts, of prompts whose lengths differ by whole blocks: a padded batch each."""
+    model, options = make(), dict(options)
+    form = options.pop("form", None)
+    if form is not None:
+        sp.apply(model, manual_plan(model, [[0, 2], [1], [0, 1, 3]]), mode=form)
+    sizes = {"gen_length": 4, "steps": 2 if "cache" in options else 1, **options}
+    prompts = [["w7 w8 w9 w2", "w4 w5 w6 w3 w9 w11 w8 w17"], ["w2 w5 w13 w14 w8 w6 w7 w9", "w50 w3 w4 w6"]]
+
+    def write(which: int) -> str | list[str]:
+        return sp.generate(model, WordTokenizer(), prompts[which], **sizes)
+
+    alone = [write(0), write(1)]
+    assert alone[0] != alone[1]
+    start = threading.Barrier(2)
+
+    def work(which: int) -> int:
+        start.wait()
+        return sum(write(which) == alone[which] for _ in range(ROUNDS))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, (0, 1))) == [ROUNDS, ROUNDS]
+
+
+PROFILED = {
+    "live Dream": dream_twin,
+    "ModernBERT, eager": lambda: eager("modernbert"),
+    "Qwen3": lambda: build("qwen3, bidirectional"),
+}
+
+
+@pytest.mark.parametrize("make", PROFILED.values(), ids=PROFILED.keys())
+def test_texts_are_what_they_are_alone_while_another_thread_profiles_the_model(make):
+    """Whose attention is another one meanwhile, and whose masks are not."""
+    model, profiles = make(), []
+    prompts, sizes = ["w4 w5 w6", "w7"], {"gen_length": 4, "steps": 1}
+    alone = sp.generate(model, WordTokenizer(), prompts, **sizes)
+    stop = threading.Event()
+
+    def profile() -> None:
+        while not stop.is_set():
+            made = sp.profile(model, torch.arange(2, 8)[None], steps=2, gen_length=2)
+            profiles.append(made.statistics["steps_counted"].max().item())
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(profile)
+        try:
+            same = sum(sp.generate(model, WordTokenizer(), prompts, **sizes) == alone for _ in range(ROUNDS))
+        finally:
+            stop.set()
+        done.result()
+    assert same == ROUNDS and set(profiles) == {2}
 
 
 @pytest.mark.parametrize("make", [llada_twin, dream_twin, illada_twin])
