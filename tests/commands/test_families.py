@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from block_causals import toy_llada2, toy_sdar
-from ddit_twins import ddit_twin
-from decoder_twins import fast_dllm_twin, illada_twin, rnd1_twin
-from decoders import FAMILIES as DECODERS
-from dreams import toy_dream
-from hf import build, diffusion_gemma
-from layer_twins import llada2_twin, llada_moe_twin, sdar_twin
-from toys import manual_plan, one_thread, tokens, toy  # noqa: F401
-from upstream_twins import dream_twin, llada_twin
+from family_toys import TOYS
+from toys import manual_plan, one_thread, tokens  # noqa: F401
 
 import sinkprune as sp
 from sinkprune.adapters import registered
@@ -22,17 +15,6 @@ from sinkprune.commands import families_page as families
 from sinkprune.models.caches import CACHES
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-TOYS = {
-    "NativeDream": toy_dream, "NativeLLaDA": toy, "NativeLLaDA2": toy_llada2, "NativeSDAR": toy_sdar,
-    "NativeILLaDA": DECODERS["illada"].toy, "NativeFastDLLM": DECODERS["fast_dllm_qwen"].toy,
-    "NativeStableDiffCoder": DECODERS["stable_diffcoder"].toy, "NativeWeDLM": DECODERS["wedlm"].toy,
-    "NativeNemotronDiffusion": DECODERS["nemotron_labs_diffusion"].toy,
-    "DDiTBlocks": lambda: ddit_twin("sdpa"), "DreamLayers": dream_twin, "LLaDABlocks": llada_twin,
-    "LLaDA2Layers": llada2_twin, "LLaDAMoELayers": llada_moe_twin, "SDARLayers": sdar_twin,
-    "ILLaDALayers": illada_twin, "RND1Layers": rnd1_twin, "FastDLLMLayers": fast_dllm_twin,
-    "TransformersDecoder": lambda: build("qwen3"), "TransformersBert": lambda: build("bert"),
-    "TransformersModernBert": lambda: build("modernbert"), "TransformersDiffusionGemma": diffusion_gemma,
-}  # fmt: skip
 OURS = {a.__name__: a for a in registered() if a.__module__.startswith("sinkprune.") and a.facts}
 UNIFORM = [[0, 1], [2, 3], [0, 1]]  # a whole group, or two of four heads
 
