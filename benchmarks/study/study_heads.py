@@ -5,7 +5,7 @@
 On "tiny" (speeches held out, and the King James Bible) and, with a file of reactions, on rxnfp. Scores are
 computed once a draw and kept as rows of their own; a plan that two criteria agree on is judged once. Every
 model is judged on the same windows and masks. Rows are kept in ``heads.json``; a second run goes on where the
-first stopped. ``study_heads_report.section`` writes them as Markdown.
+first stopped. ``study_heads_report.section`` writes them as Markdown. ``study_small`` does it for "small".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 from resumable import Row, Rows
-from study_weights import Sizes, Subject
+from study_weights import SPEAKERS, Sizes, Subject
 from torch import Tensor
 
 import sinkprune as sp
@@ -45,7 +45,8 @@ CHANNEL_RULES = ("magnitude", "wanda", "sink_wanda", "flap")
 CHANNEL_RULE = "flap"  # what all head rules are compared with
 HEADLINE = 0.38
 RATIOS = (0.125, 0.25, 0.5, 0.625, 0.75)
-LEVELS = {"tiny": (0.15, 0.5, 0.85), "rxnfp": (0.15, 0.3, 0.5)}
+LEVELS = {"tiny": (0.15, 0.5, 0.85), "small": (0.15, 0.5, 0.85), "rxnfp": (0.15, 0.3, 0.5)}
+ABLATED = {"tiny": 1 / 2, "small": 1 / 12, "rxnfp": 1 / 2}  # share of the rows
 ALIKE = ("sink_mass:keep=strong", "output_norm:relative=true", "wanda_head:soft_sink=true")  # to others
 MAIN = (PAPER, "magnitude", "wanda_head", "output_norm", "flap", "reconstruction", "taylor", "random")
 
@@ -71,7 +72,7 @@ class HeadSubject(Subject):
 
     def rows(self, draw: int, sequences: int) -> Calibration:
         options: dict[str, Any] = {"levels": LEVELS[self.name], "sequences": sequences, "seed": draw}
-        if self.name == "tiny":
+        if self.name in SPEAKERS:
             text = checkpoint.texts("calibration")
             return calibrate(self.model, text, tokenizer=self.tokenizer, **options)
         options |= {"attention_mask": self.rest_valid, "never_mask": self.tokenizer.special}
@@ -95,8 +96,9 @@ class HeadSubject(Subject):
         rule = criterion_for(criterion)
         if rule.needs_profile and evidence.profile is None:
             evidence.profile = self.profile(draw)
-        if criterion.startswith("ablation"):  # a forward per head: on half of the rows
-            evidence = Evidence(None, self.rows(draw, max(1, self.sequences // 2)), draw)
+        if criterion.startswith("ablation"):  # a forward per head: on fewer rows
+            share = max(1, int(self.sequences * ABLATED[self.name]))
+            evidence = Evidence(None, self.rows(draw, share), draw)
         started = time.monotonic()
         adapter = sp.adapter_for(self.model)
         scores = rule.score(adapter, evidence)
@@ -117,15 +119,15 @@ class Study:
         self.rows.row(f"{name}/dense", lambda: self.subject.judge(self.subject.dense()))
         for criterion in CRITERIA:
             for draw in self._draws(criterion):
-                self._heads(criterion, draw, HEADLINE)
+                self.heads_row(criterion, draw, HEADLINE)
                 if name == "tiny" and draw < 2:
-                    self._heads(criterion, draw, HEADLINE, spare_first=True)
+                    self.heads_row(criterion, draw, HEADLINE, spare_first=True)
         for criterion in CRITERIA:
             if criterion not in ALIKE:
                 for draw in range(self.draws):
-                    self._heads(criterion, draw, HEADLINE, repair="least_squares")
+                    self.heads_row(criterion, draw, HEADLINE, repair="least_squares")
         for draw in range(self.draws):
-            self._heads("flap", draw, HEADLINE, repair="bias")
+            self.heads_row("flap", draw, HEADLINE, repair="bias")
 
     def parameters(self) -> None:
         """38 % of block parameters, heads and MLP: the main rules, one MLP rule for all; every MLP rule."""
@@ -134,18 +136,18 @@ class Study:
         for criterion, rule in rules:
             for draw in range(self.draws):
                 for repair in (None, "least_squares"):
-                    self._parameters(criterion, rule, draw, HEADLINE, repair)
+                    self.parameters_row(criterion, rule, draw, HEADLINE, repair)
 
     def ratios(self) -> None:
         """The other ratios of heads, and of block parameters, on one draw (random: all)."""
         for ratio in RATIOS:
             for criterion in CRITERIA:
                 for draw in range(self.draws if criterion == "random" else 1):
-                    self._heads(criterion, draw, ratio)
+                    self.heads_row(criterion, draw, ratio)
         for ratio in RATIOS:
             for criterion in ("reconstruction", "magnitude"):
-                self._heads(criterion, 0, ratio, repair="least_squares")
-                self._parameters(criterion, CHANNEL_RULE, 0, ratio, "least_squares")
+                self.heads_row(criterion, 0, ratio, repair="least_squares")
+                self.parameters_row(criterion, CHANNEL_RULE, 0, ratio, "least_squares")
 
     def _draws(self, criterion: str) -> range:
         return range(1 if criterion in DATA_FREE else self.draws)
@@ -155,7 +157,7 @@ class Study:
         key = f"{self.subject.name}/score/{criterion}/{draw}"
         return torch.tensor(self.rows.row(key, partial(self.subject.score, criterion, draw))["scores"])
 
-    def _heads(
+    def heads_row(
         self, criterion: str, draw: int, ratio: float, *, repair: str | None = None, spare_first: bool = False
     ) -> None:
         scores = self._scores(criterion, draw)
@@ -165,7 +167,7 @@ class Study:
         plan = sp.plan(self.subject.dense(), criterion=Fixed(scores), ratio=ratio)
         self._row(f"{kind}/{ratio}/{repair}/{criterion}/{draw}", plan, draw, repair)
 
-    def _parameters(self, criterion: str, rule: str, draw: int, ratio: float, repair: str | None) -> None:
+    def parameters_row(self, criterion: str, rule: str, draw: int, ratio: float, repair: str | None) -> None:
         calibration = self.subject.rows(draw, self.subject.sequences)
         plan = sp.plan(
             self.subject.dense(), criterion=Fixed(self._scores(criterion, draw)), ratio=ratio,

@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = {"25 %": (0.25, "unstructured"), "50 %": (0.5, "unstructured"), "75 %": (0.75, "unstructured"),
             "2:4": (0.5, "2:4")}  # fmt: skip
 NO_SINKS = SinkMask(sigma=1e9)
+SPEAKERS = ("tiny", "small")  # trained on addresses: of those held out, and of the King James Bible
 IN_DOMAIN = {"tiny": TEN_LEVELS, "rxnfp": tuple(level / 2 for level in TEN_LEVELS)}
 
 
@@ -54,8 +55,8 @@ class Subject:
 
     def __init__(self, name: str, sizes: Sizes, reactions_file: Path | None = None) -> None:
         self.name, self.sizes = name, sizes
-        if name == "tiny":
-            self.model, self.tokenizer = sp.load("tiny")
+        if name in SPEAKERS:
+            self.model, self.tokenizer = sp.load(name)
         else:
             assert reactions_file is not None
             self.model, self.tokenizer = reactions.load()
@@ -80,7 +81,7 @@ class Subject:
             "sequences": self.sizes.sequences,
             "seed": draw,
         }
-        if self.name == "tiny":
+        if self.name in SPEAKERS:
             text = checkpoint.texts("calibration")
             return calibrate(self.model, text, tokenizer=self.tokenizer, **options)
         options |= {"attention_mask": self.rest_valid, "never_mask": self.tokenizer.special}
