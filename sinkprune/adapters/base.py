@@ -296,8 +296,13 @@ class Adapter(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the model's first parameter is."""
+        """Where the model's first parameter is. Raises ``ValueError`` as ``require_loaded`` does."""
+        self.require_loaded()
         return next(self.model.parameters()).device
+
+    def require_loaded(self) -> None:
+        """Raise ``ValueError`` where weights are not there to be read: on ``meta``, or offloaded."""
+        require_loaded(self.model)
 
     def mask_id(self, given: int | None = None, tokenizer: Any = None) -> int:
         """The mask token: ``given``, else the config's, else the tokenizer's.
@@ -318,12 +323,14 @@ class Adapter(ABC):
         """A hash of tensor names, shapes and strided samples of their values.
 
         Values are rounded to bfloat16 first, so one checkpoint loaded as float32 or bfloat16 has one
-        fingerprint; a float16 copy rounds otherwise and has another.
+        fingerprint; a float16 copy rounds otherwise and has another. Raises ``ValueError`` where there are
+        none, as ``require_loaded`` does.
         """
+        self.require_loaded()
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            if not tensor.is_meta and tensor.numel():
+            if tensor.numel():
                 flat = tensor.detach().reshape(-1)
                 sample = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).view(torch.int16)
                 digest.update(sample.cpu().numpy().tobytes())
@@ -334,13 +341,28 @@ def check_ready(model: nn.Module) -> None:
     """Raise ``ValueError`` for a model that can't be changed as it is: compiled, sharded, or on ``meta``."""
     if is_compiled(model):
         raise ValueError("the model is compiled: prune the original model, then compile it")
+    require_loaded(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device (not loaded, or offloaded): load the weights first"
-            )
         if hasattr(parameter, "placements"):
             raise ValueError(f"{name} is a tensor-parallel shard: prune the whole model, then shard it")
+
+
+def require_loaded(model: nn.Module) -> None:
+    """Raise ``ValueError`` where a parameter is on ``meta``: not loaded, or offloaded by accelerate."""
+    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is None:
+        return
+    if is_hooked(model):
+        raise ValueError(
+            f"{away} is offloaded (device_map, cpu_offload or disk_offload): its weights are needed, and "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings them back"
+        )
+    raise ValueError(f"{away} is on the meta device (not loaded): load the weights first")
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether accelerate has put hooks on ``model``."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
+from sinkprune.adapters.base import require_loaded
 from sinkprune.checkpoints import hub, side_files, small
 from sinkprune.checkpoints.layout import (
     INDEX,
@@ -296,7 +297,9 @@ def recognised(model: nn.Module) -> Adapter | None:
 
 def as_native(model: nn.Module) -> nn.Module:
     """A native model over the tensors of a live upstream object; any other model as it is. What writes models
-    begins here: raises ``ValueError`` for a layer that computes more than its weight says."""
+    begins here: raises ``ValueError`` for a layer that computes more than its weight says, and for weights
+    that are not there."""
+    require_loaded(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             raise ValueError(

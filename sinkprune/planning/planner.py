@@ -94,6 +94,7 @@ def plan(
             not given, or weights that are not finite.
     """
     adapter, rule = adapter_for(model), criterion_for(criterion)
+    adapter.require_loaded()
     adapter.require_dense("plan on")
     geometry, evidence = adapter.geometry(), Evidence(profile, calibration, seed)
     targets = (targets,) if isinstance(targets, str) else tuple(targets)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, AttentionWeights, MLPWeights, adapter_for
+from sinkprune.adapters.base import is_hooked
 from sinkprune.evidence.calibration import Calibration
 from sinkprune.models.marks import mark
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention, trains_as
@@ -96,7 +97,7 @@ def lay_out(model: nn.Module, plan: PrunePlan) -> nn.Module:
     adapter = adapter_for(model)
     adapter.require_dense("lay the plan out on")
     _require_geometry(adapter, plan)
-    if not any(parameter.is_meta for parameter in model.parameters()):
+    if is_hooked(model) or not any(parameter.is_meta for parameter in model.parameters()):
         adapter.check(*_kept(plan), "compact")
     adapter.check_experts(plan.layers)
     added = add_biases(adapter, plan) if "repair" in plan.details else []
