@@ -135,8 +135,9 @@ def copies(size: int, device: str) -> Variants:
     return variants
 
 
-def time_repack(layer: Layer, dtype: torch.dtype, device: str, rounds: int) -> dict:
-    """``pack_qkv`` and ``pack_o`` of one layer, each variant into the same touched memory."""
+def repack_variants(layer: Layer, dtype: torch.dtype, device: str) -> list[tuple[Variants, Tensor]]:
+    """Of ``pack_qkv`` and of ``pack_o`` of one layer: the variants, and the touched memory that all of them
+    write into."""
     d, hidden = layer.head_dim, layer.hidden
     rows = [layer.q_heads * d, layer.kv_heads * d, layer.kv_heads * d]
     w = [torch.randn(r, hidden, device=device).to(dtype) for r in rows]
@@ -169,13 +170,13 @@ def time_repack(layer: Layer, dtype: torch.dtype, device: str, rounds: int) -> d
             o_out[:, at : at + (b - a) * d].copy_(wo[:, a * d : b * d])
             at += (b - a) * d
 
-    qkv = {
+    qkv: Variants = {
         "native": lambda: native.pack_qkv(*w, None, None, None, keep[0], keep[1], d, out=qkv_out),
         "index_select": by_index_select,
         "cat of slices": by_cat,
         "copy_ of slices": by_slices,
     }
-    o = {
+    o: Variants = {
         "native": lambda: native.pack_o(wo, layer.kept_q, d, out=o_out),
         "index_select": lambda: torch.index_select(
             wo.view(hidden, -1, d), 1, index[0], out=o_out.view(hidden, -1, d)
@@ -185,14 +186,25 @@ def time_repack(layer: Layer, dtype: torch.dtype, device: str, rounds: int) -> d
         ),
         "copy_ of slices": o_slices,
     }
-    for variants, out in ((qkv, qkv_out), (o, o_out)):
-        results = []
-        for call in variants.values():
-            out.fill_(math.nan)
-            call()
-            results.append(out.clone())
-        if not all(torch.equal(results[0], other) for other in results[1:]):
-            raise SystemExit("the variants disagree, so no time is reported")
+    return [(qkv, qkv_out), (o, o_out)]
+
+
+def require_agreement(variants: Variants, out: Tensor) -> None:
+    """End where they do not all write the same bits."""
+    results = []
+    for call in variants.values():
+        out.fill_(math.nan)
+        call()
+        results.append(out.clone())
+    if not all(torch.equal(results[0], other) for other in results[1:]):
+        raise SystemExit("the variants disagree, so no time is reported")
+
+
+def time_repack(layer: Layer, dtype: torch.dtype, device: str, rounds: int) -> dict:
+    """``pack_qkv`` and ``pack_o`` of one layer, each variant into the same touched memory."""
+    (qkv, qkv_out), (o, o_out) = cases = repack_variants(layer, dtype, device)
+    for variants, out in cases:
+        require_agreement(variants, out)
 
     def both() -> None:
         qkv["native"]()

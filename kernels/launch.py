@@ -71,11 +71,6 @@ def family(name: str) -> Family:
     return Family(name, raw["multiprocessors"], raw["shared_bytes"], tiles)
 
 
-def families() -> list[str]:
-    """Names of the families with a shipped configuration."""
-    return sorted(path.stem for path in CONFIGS.glob("*.json"))
-
-
 def family_of(capability: tuple[int, int]) -> str:
     """The family whose tiles suit a compute capability: a consumer GPU has too little shared memory for
     sm_80's."""

@@ -69,10 +69,9 @@ class SinkStatistics:
     Attributes:
         position: moments over every step that had a sink (argmax with positive, finite mass).
         gated: the same over the steps where the sink stands out (`SinkGate`).
-        mass, mass_variance: mean and population variance of the sink mass over the counted steps.
+        mass: mean sink mass over the counted steps.
         margin: mean of the largest minus the second largest column mass.
         fair_shares: mean of sink mass × number of valid keys: 1 is a uniform head.
-        gated_mass: mean sink mass over the gated steps (0 where none).
         steps: number of steps the tracker saw, counted or not; int64 scalar tensor.
         num_heads: heads of each layer.
         trace_positions: int32 ``[steps, L, B, H]``, -1 = no sink; None unless traced.
@@ -82,10 +81,8 @@ class SinkStatistics:
     position: PositionMoments
     gated: PositionMoments
     mass: Tensor
-    mass_variance: Tensor
     margin: Tensor
     fair_shares: Tensor
-    gated_mass: Tensor
     steps: Tensor
     num_heads: tuple[int, ...]
     trace_positions: Tensor | None = None
@@ -191,8 +188,7 @@ class SinkTracker:
     def result(self) -> SinkStatistics:
         """The statistics so far, copied out of the running state (synchronises only if a trace is kept)."""
         state = self._by_layer(self._state, fill=0.0)  # [L, B, H, STATE_WIDTH]
-        count, gated_count = state[..., layout.COUNT], state[..., layout.GATED]
-        divisor = count.clamp(min=1)
+        divisor = state[..., layout.COUNT].clamp(min=1)
         steps = self._state[:1, layout.STEPS].sum().long()  # every row counts the same steps
         positions = masses = None
         if self._trace_positions.shape[0]:
@@ -203,10 +199,8 @@ class SinkTracker:
             position=_moments(state[..., layout.COUNT : layout.COUNT + 8]),
             gated=_moments(state[..., layout.GATED : layout.GATED + 8]),
             mass=state[..., layout.MASS_MEAN].clone(),
-            mass_variance=state[..., layout.MASS_M2] / divisor,
             margin=state[..., layout.MARGIN_SUM] / divisor,
             fair_shares=state[..., layout.SHARE_SUM] / divisor,
-            gated_mass=state[..., layout.GATED_MASS_SUM] / gated_count.clamp(min=1),
             steps=steps,
             num_heads=self.num_heads,
             trace_positions=positions,

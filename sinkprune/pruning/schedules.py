@@ -10,7 +10,7 @@ from torch import nn
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.models.marks import mark
-from sinkprune.plans import LayerPlan, PrunePlan
+from sinkprune.plans import PrunePlan
 from sinkprune.pruning.repacking import mask_indices, restore
 
 
@@ -40,21 +40,6 @@ class PhaseSchedule:
     def at(self, step: int) -> PrunePlan | None:
         """The plan in force at ``step``."""
         return self.plans[max(i for i, start in enumerate(self.starts) if start <= step)]
-
-    def union(self) -> list[LayerPlan] | None:
-        """What the weights must hold: each layer's heads and channels that any phase keeps; None =
-        everything."""
-        if any(plan is None for plan in self.plans):
-            return None
-        plans = [plan for plan in self.plans if plan is not None]
-        layers = []
-        for parts in zip(*(plan.layers for plan in plans), strict=True):
-            heads = sorted({head for part in parts for head in part.kept_heads})
-            chosen = [part.kept_channels for part in parts]
-            channels = [c for c in chosen if c is not None]
-            whole = len(channels) < len(chosen)
-            layers.append(LayerPlan(heads, None if whole else sorted({c for part in channels for c in part})))
-        return layers
 
     def heads_run(self, adapter: Adapter, steps: int) -> float:
         """Mean share of the query heads that run over ``steps`` steps."""

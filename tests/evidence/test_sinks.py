@@ -67,7 +67,6 @@ def test_statistics_are_those_of_the_whole_trace(num_heads):
                     )
                 figures = {
                     "mass": tops.mean(),
-                    "mass_variance": tops.var(unbiased=False),
                     "fair_shares": 20 * tops.mean(),
                     "margin": torch.stack([t.values[0] - t.values[1] for t in best]).mean(),
                 }

@@ -21,9 +21,10 @@ os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
+from least_times import Work, attention_work, column_mass_work, least_seconds, sink_update_work
 from machine_code import TENSOR_CORE, Code, compile_for, launches
 
-from sinkprune.kernels import launch, reference, roofline
+from sinkprune.kernels import launch, reference
 from sinkprune.kernels.attention import attention
 from sinkprune.kernels.column_mass import column_mass_
 from sinkprune.kernels.elementwise import rms_norm, rope_qk, swiglu
@@ -269,19 +270,17 @@ def roofline_table() -> str:
         "| kernel | shape | GFLOP | MB | G exp2 | A100 us | H100 us | binds on H100 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    works: list[tuple[str, str, roofline.Work]] = []
+    works: list[tuple[str, str, Work]] = []
     for model, heads, kv in (("LLaDA-8B", 32, 32), ("Dream-7B", 28, 4)):
         for n in (1024, 4096):
             shape = f"{model}, N={n}, B=1"
-            works.append(("attention", shape, roofline.attention_work(1, heads, kv, n, n, 128)))
-            works.append(("column_mass, exact", shape, roofline.column_mass_work(1, heads, kv, n, n, 128)))
-            works.append(("column_mass, 1/16", shape, roofline.column_mass_work(1, heads, kv, n, n, 128, 16)))
-    works.append(("sink_update", "32 layers x 32 heads x 4096 keys", roofline.sink_update_work(1024, 4096)))
-    works += [
-        (name, "LLaDA-8B, N=1024, B=1", roofline.Work(0.0, n, 0.0)) for name, n in layer_bytes().items()
-    ]
+            works.append(("attention", shape, attention_work(1, heads, kv, n, n, 128)))
+            works.append(("column_mass, exact", shape, column_mass_work(1, heads, kv, n, n, 128)))
+            works.append(("column_mass, 1/16", shape, column_mass_work(1, heads, kv, n, n, 128, 16)))
+    works.append(("sink_update", "32 layers x 32 heads x 4096 keys", sink_update_work(1024, 4096)))
+    works += [(name, "LLaDA-8B, N=1024, B=1", Work(0.0, n, 0.0)) for name, n in layer_bytes().items()]
     for kernel, shape, work in works:
-        a100, h100 = (roofline.least_seconds(work, gpu) for gpu in ("A100", "H100"))
+        a100, h100 = (least_seconds(work, gpu) for gpu in ("A100", "H100"))
         lines.append(
             f"| {kernel} | {shape} | {work.flops / 1e9:.1f} | {work.bytes / 1e6:.1f} "
             f"| {work.exponentials / 1e9:.3f} | {a100[0] * 1e6:.1f} | {h100[0] * 1e6:.1f} | {h100[1]} |"

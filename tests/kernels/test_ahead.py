@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from least_times import attention_work, column_mass_work, least_seconds
 
 from sinkprune.kernels import launch
 
@@ -119,3 +120,15 @@ def test_the_table_goes_between_its_markers(tmp_path):
         and "old" not in text
         and "| attention |" in text
     )
+
+
+def test_rooflines_are_the_textbook_numbers():
+    work = attention_work(1, 32, 32, 1024, 1024, 128)
+    assert work.flops == 4 * 32 * 1024 * 1024 * 128 and work.exponentials == 32 * 1024 * 1024
+    half = attention_work(1, 16, 32, 1024, 1024, 128)
+    assert half.flops * 2 == work.flops and half.exponentials * 2 == work.exponentials
+    exact = column_mass_work(1, 32, 32, 1024, 1024, 128)
+    assert exact.flops * 2 == work.flops
+    assert column_mass_work(1, 32, 32, 1024, 1024, 128, sample=16).flops * 16 == exact.flops
+    seconds, binding = least_seconds(work, "H100")
+    assert binding == "tensor cores" and seconds == pytest.approx(work.flops / 989e12)

@@ -62,14 +62,10 @@ def test_the_model_is_dense_again_after_a_failure_inside():
     assert not model._forward_hooks
 
 
-def test_the_union_is_what_any_phase_keeps():
+def test_the_heads_that_run_are_the_mean_over_steps():
     model = toy()
-    early, late = manual_plan(model, EARLY, [[1, 2]] * 3), manual_plan(model, LATE, [[0, 1], None, [5]])
-    layers = sp.PhaseSchedule([0, 4], [early, late]).union()
-    assert [layer.kept_heads for layer in layers] == [[0, 1, 2, 3], [0, 2], [0, 1, 2, 3]]
-    assert [layer.kept_channels for layer in layers] == [[0, 1, 2], None, [1, 2, 5]]
-    assert sp.PhaseSchedule([0, 4], [early, None]).union() is None
-    share = sp.PhaseSchedule([0, 4], [early, None]).heads_run(sp.adapter_for(model), 8)
+    schedule = sp.PhaseSchedule([0, 4], [manual_plan(model, EARLY), None])
+    share = schedule.heads_run(sp.adapter_for(model), 8)
     assert share == pytest.approx((0.5 + 1) / 2)
 
 
