@@ -174,6 +174,12 @@ class PrunePlan:
         return sum(self.geometry.heads) - sum(len(layer.kept_heads) for layer in self.layers)
 
     @property
+    def experts_removed(self) -> int:
+        counts = (self.geometry.experts_of(layer) for layer in range(self.geometry.num_layers))
+        kept = (layer.kept_experts for layer in self.layers)
+        return sum(0 if k is None else count - len(k) for count, k in zip(counts, kept, strict=True))
+
+    @property
     def parameters_removed(self) -> float:
         """Share of the block parameters that the plan removes."""
         return 1 - model_block_parameters(self.geometry, self) / model_block_parameters(self.geometry)

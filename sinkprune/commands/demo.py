@@ -67,6 +67,7 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         calibration=rows,
         targets=tuple(options.targets.split(",")),
         channel_rule=options.channel_rule,
+        expert_rule=options.expert_rule,
         seed=options.seed,
     )
     ceilings = costs.ceilings(dense, plan, 1, 256, hardware.roofs(options.device))

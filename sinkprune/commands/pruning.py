@@ -112,6 +112,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         calibration=arguments.calibration_rows(model, tokenizer, options),
         targets=tuple(options.targets.split(",")),
         channel_rule=options.channel_rule,
+        expert_rule=options.expert_rule,
         length=options.length,
         target_speedup=options.target_speedup,
         target_latency=options.target_latency,
@@ -127,14 +128,17 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         seed=options.seed,
     )
     fit = fits.cost_text(plan.details["fit"]) + "\n" if options.fit else ""
+    experts = f" and {plan.experts_removed} experts" if plan.experts_removed else ""
     ceilings = costs.ceilings(model, plan, options.batch, plan.details["length"], roofs)
     plan.save(out)
     text = (
-        f"removes {plan.heads_removed} heads, {100 * plan.parameters_removed:.1f} % of the block parameters\n"
+        f"removes {plan.heads_removed} heads{experts}, {100 * plan.parameters_removed:.1f} % of the block "
+        "parameters\n"
         f"{fit}this plan can give {costs.ceilings_text(ceilings)}\nwrote {out}"
     )
     return {
         "heads_removed": plan.heads_removed,
+        "experts_removed": plan.experts_removed,
         "parameters_removed": plan.parameters_removed,
         "ceiling": ceilings["arithmetic"],
         "ceilings": ceilings,

@@ -139,7 +139,7 @@ def _equally(
         if length is None:
             total = float(sum(map(len, gone)))
         else:
-            total = float(_removed(geometry, [sorted(heads) for heads in left], length))
+            total = float(attention_removed(geometry, [sorted(heads) for heads in left], length))
         if (spent + total) / 2 > budget:
             break
         kept, spent = left, total
@@ -192,7 +192,9 @@ def _share_budget(
         layer_work(geometry, *sizes, length)
         for sizes in zip(geometry.heads, geometry.kv_heads, geometry.channels, strict=True)
     )
-    head_pool = _removed(geometry, remove_heads(geometry, units, math.inf, rules.allocation, length), length)
+    head_pool = attention_removed(
+        geometry, remove_heads(geometry, units, math.inf, rules.allocation, length), length
+    )
     channel_work = geometry.mlp_matrices * geometry.hidden
     spare = sum(width - fewest_channels(width, rules) for width in geometry.channels)
     pools = {
@@ -211,10 +213,10 @@ def _share_budget(
     if not pools["mlp"]:
         return Choice(kept)
     # Heads come in lumps: the channels make up the difference, so that the total is what was asked for.
-    rest = ratio * total - _removed(geometry, kept, length)
+    rest = ratio * total - attention_removed(geometry, kept, length)
     rest /= channel_work * sum(geometry.channels)
     return Choice(
-        kept, [_round_channels(width - round(rest * width), width, rules) for width in geometry.channels]
+        kept, [nearest_channels(width - round(rest * width), width, rules) for width in geometry.channels]
     )
 
 
@@ -231,13 +233,13 @@ def fewest_channels(width: int, rules: Rules) -> int:
     return min(width, math.ceil(least / rules.round_channels) * rules.round_channels)
 
 
-def _round_channels(wanted: int, width: int, rules: Rules) -> int:
+def nearest_channels(wanted: int, width: int, rules: Rules) -> int:
     """The nearest count that the rules allow."""
     nearest = round(wanted / rules.round_channels) * rules.round_channels
     return min(width, max(fewest_channels(width, rules), nearest))
 
 
-def _removed(geometry: Geometry, kept: list[list[int]], length: int) -> int:
+def attention_removed(geometry: Geometry, kept: list[list[int]], length: int) -> int:
     """Work of the heads that are not kept."""
     every = (set(range(heads)) for heads in geometry.heads)
     return sum(

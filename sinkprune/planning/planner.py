@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,16 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.evidence.evidence import Evidence
-from sinkprune.planning.allocation import Rules, best_channels, by_share, head_units
+from sinkprune.planning.allocation import Choice, Rules, best_channels, by_share, head_units
 from sinkprune.planning.channels import NEED_CALIBRATION, channel_scores, check_channel_rule
 from sinkprune.planning.criteria import HeadCriterion, criterion_for
+from sinkprune.planning.expert_rules import (
+    DEFAULT_EXPERT_RULE,
+    check_expert_rule,
+    expert_channel_scores,
+    expert_scores,
+)
+from sinkprune.planning.experts import EXPERT_TARGETS, by_experts, keep_experts, require_experts
 from sinkprune.planning.fits import cost, fitted
 from sinkprune.planning.latency_planning import by_time
 from sinkprune.plans import LayerPlan, PrunePlan
@@ -24,8 +32,8 @@ if TYPE_CHECKING:
     from sinkprune.evidence.profiles import SinkProfile
     from sinkprune.planning.latency_table import LatencyTable
 
-TARGETS = ("heads", "mlp")
-UNITS = ("heads", "parameters", "flops")
+TARGETS = ("heads", "mlp", *EXPERT_TARGETS)
+UNITS = ("heads", "experts", "parameters", "flops")
 DEFAULT_CRITERION = "reconstruction"  # docs/study.md says why
 
 
@@ -39,6 +47,7 @@ def plan(
     calibration: Calibration | None = None,
     targets: Iterable[str] = ("heads",),
     channel_rule: str | None = None,
+    expert_rule: str | None = None,
     length: int | None = None,
     target_speedup: float | None = None,
     target_latency: float | None = None,
@@ -60,13 +69,17 @@ def plan(
         profile: sink statistics of this model, for criteria that need them.
         criterion: a registered name (settings may follow: ``"sink_variance:gated=true"``), or a criterion.
         ratio: share to remove, in [0, 1).
-        unit: what ``ratio`` is a share of: ``"heads"`` (query heads), ``"parameters"`` (of the blocks) or
-            ``"flops"`` (of the blocks, at ``length`` tokens).
+        unit: what ``ratio`` is a share of: ``"heads"`` (query heads), ``"experts"``, ``"parameters"`` (of the
+            blocks, as they are stored) or ``"flops"`` (of the blocks, at ``length`` tokens, which fewer
+            experts do not save).
         calibration: rows of ``sp.calibrate``, for criteria and channel rules that need them.
-        targets: with a unit other than heads: ``"heads"``, ``"mlp"`` or both, each giving the same share of
-            its own.
+        targets: with a unit other than heads: any of ``"heads"``, ``"mlp"`` (channels of dense MLPs),
+            ``"experts"`` and ``"expert_channels"`` (as many of every expert), each giving the same share of
+            its own. Experts go in equal numbers from every layer and every group of its router.
         channel_rule: which MLP channels go first: ``"magnitude"``, ``"wanda"``, ``"sink_wanda"`` or
             ``"flap"``; None = ``"flap"`` with calibration rows, else ``"magnitude"``.
+        expert_rule: which experts go first: ``"reap"`` (the default), ``"reconstruction"``, ``"ablation"`` or
+            ``"random"``.
         length: tokens of a forward, for ``unit="flops"`` (None: 1024) and for a target (None: the only length
             of the table).
         target_speedup, target_latency: instead of a ratio and its unit: how many times faster than dense a
@@ -111,27 +124,28 @@ def plan(
     tokens = 1024 if length is None else length
     _check_share(ratio, unit, targets, tokens)
     channels_by = channel_rule or ("magnitude" if calibration is None else "flap")
-    _check_evidence(adapter, rule, evidence, targets, channels_by)
+    experts_by = expert_rule or DEFAULT_EXPERT_RULE
+    require_experts(geometry, targets, unit, timed)
+    check_expert_rule(experts_by, evidence if "experts" in targets else None)
+    heads_too = "heads" in targets or not set(targets) & set(EXPERT_TARGETS)
+    _check_evidence(adapter, rule if heads_too else None, evidence, targets, channels_by)
     _check_weights(adapter, targets)
 
-    def worth() -> list[Tensor]:
-        return [channel_scores(channels_by, adapter, evidence, i) for i in range(geometry.num_layers)]
-
-    scores = scores_of(rule, adapter, evidence)
+    worth = partial(_channel_worth, channels_by, adapter, evidence)
+    scores = scores_of(rule if heads_too else None, adapter, evidence)
     units = head_units(geometry, scores, rules)
     if timed:
         goal = (target_speedup, target_latency)
         choice = by_time(geometry, scores, units, targets, latency_table, length, goal, rules, worth)
+    elif geometry.experts is not None and unit != "heads":
+        choice = by_experts(geometry, units, ratio, unit, targets, rules, tokens)
     else:
         choice = by_share(geometry, units, ratio, unit, targets, rules, tokens)
-    channels: list[Any] = [None] * geometry.num_layers
-    if choice.channels is not None:
-        channels = best_channels(worth(), choice.channels)
     made = PrunePlan(
         geometry=geometry,
         fingerprint=adapter.fingerprint(),
-        layers=[LayerPlan(heads, ids) for heads, ids in zip(choice.heads, channels, strict=True)],
-        criterion=rule.name,
+        layers=_kept_layers(choice, worth, targets, experts_by, adapter, evidence),
+        criterion=rule.name if heads_too else experts_by,
         ratio=ratio,
         unit=unit,
         targets=targets,
@@ -148,8 +162,46 @@ def plan(
     return made
 
 
-def scores_of(rule: HeadCriterion, adapter: Adapter, evidence: Evidence) -> Tensor:
-    """The criterion's scores ``[layers, most heads]``. Raises ``ValueError`` where they are not finite."""
+def _channel_worth(rule: str, adapter: Adapter, evidence: Evidence) -> list[Tensor]:
+    """Scores of every layer's channels; none where it has experts."""
+    geometry = adapter.geometry()
+    return [
+        torch.zeros(0) if geometry.experts_of(layer) else channel_scores(rule, adapter, evidence, layer)
+        for layer in range(geometry.num_layers)
+    ]
+
+
+def _kept_layers(
+    choice: Choice,
+    worth: Callable[[], list[Tensor]],
+    targets: tuple[str, ...],
+    expert_rule: str,
+    adapter: Adapter,
+    evidence: Evidence,
+) -> list[LayerPlan]:
+    """The chosen heads, and of channels and experts those with the highest scores."""
+    geometry = adapter.geometry()
+    channels: list[Any] = [None] * geometry.num_layers
+    if choice.channels is not None:
+        best = best_channels(worth(), choice.channels)
+        channels = [None if geometry.experts_of(layer) else ids for layer, ids in enumerate(best)]
+    layers = [LayerPlan(heads, ids) for heads, ids in zip(choice.heads, channels, strict=True)]
+    if set(targets) & set(EXPERT_TARGETS):
+        by_expert = expert_scores(expert_rule, adapter, evidence) if "experts" in targets else None
+        narrower = expert_channel_scores(adapter, evidence) if "expert_channels" in targets else None
+        keep_experts(geometry, layers, choice, by_expert, narrower)
+        choice.told["expert_rule"] = expert_rule
+    return layers
+
+
+def scores_of(rule: HeadCriterion | None, adapter: Adapter, evidence: Evidence) -> Tensor:
+    """The criterion's scores ``[layers, most heads]``, zeros without one.
+
+    Raises:
+        ValueError: scores that are not finite.
+    """
+    if rule is None:
+        return torch.zeros(adapter.geometry().num_layers, max(adapter.geometry().heads))
     scores = rule.score(adapter, evidence)
     if not all(torch.isfinite(scores[i, :n]).all() for i, n in enumerate(adapter.geometry().heads)):
         raise ValueError(f"criterion {rule.name!r} gave scores that are not finite")
@@ -171,19 +223,24 @@ def _check_share(ratio: float, unit: str, targets: tuple[str, ...], length: int)
     if not targets or set(targets) - set(TARGETS):
         raise ValueError(f"targets must be chosen from {TARGETS}, got {targets}")
     if unit == "heads" and targets != ("heads",):
-        raise ValueError(f"unit='heads' removes heads only, got targets={targets}; use unit='parameters'")
+        other = "experts" if targets == ("experts",) else "parameters"
+        raise ValueError(f"unit='heads' removes heads only, got targets={targets}; use unit={other!r}")
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
 
 
 def _check_evidence(
-    adapter: Adapter, rule: HeadCriterion, evidence: Evidence, targets: tuple[str, ...], channel_rule: str
+    adapter: Adapter,
+    rule: HeadCriterion | None,
+    evidence: Evidence,
+    targets: tuple[str, ...],
+    channel_rule: str,
 ) -> None:
     check_channel_rule(channel_rule)
-    if rule.needs_profile and evidence.profile is None:
+    if rule is not None and rule.needs_profile and evidence.profile is None:
         raise ValueError(f"criterion {rule.name!r} needs a profile: pass sp.profile(model, prompts, ...)")
     if evidence.calibration is None:
-        if rule.needs_calibration:
+        if rule is not None and rule.needs_calibration:
             raise ValueError(f"criterion {rule.name!r} needs calibration=sp.calibrate(model, text, ...)")
         if "mlp" in targets and channel_rule in NEED_CALIBRATION:
             raise ValueError(f"channel rule {channel_rule!r} needs calibration=sp.calibrate(model, ...)")
@@ -197,7 +254,11 @@ def _check_weights(adapter: Adapter, targets: tuple[str, ...]) -> None:
     geometry = adapter.geometry()
     for layer in range(geometry.num_layers):
         chosen = vars(adapter.attention_weights(layer)) if "heads" in targets else {}
-        if "mlp" in targets and geometry.channels[layer]:
+        mlp = adapter.expert_mlp(layer)
+        if mlp is not None:
+            of_experts = dict(mlp.named_parameters()) if set(targets) & set(EXPERT_TARGETS) else {}
+            chosen = chosen | {name.removesuffix(".weight"): weight for name, weight in of_experts.items()}
+        elif "mlp" in targets and geometry.channels[layer]:
             chosen = chosen | vars(adapter.mlp_weights(layer))
         for role, tensor in chosen.items():
             if not isinstance(tensor, Tensor) or tensor.is_meta:

@@ -37,7 +37,7 @@ class Ablation(HeadCriterion):
             raise ValueError(f"measure must be one of {MEASURES}, got {self.measure!r}")
         calibration, geometry = evidence.calibration, adapter.geometry()
         assert calibration is not None
-        dense = self._predictions(adapter, calibration)
+        dense = self.predictions(adapter, calibration)
         device = dense[0].device
         scores = []
         for layer, heads in enumerate(geometry.heads):
@@ -46,14 +46,14 @@ class Ablation(HeadCriterion):
                 others = torch.tensor([h for h in range(heads) if h != head], device=device, dtype=torch.long)
                 try:
                     adapter.mask(layer, others, None)
-                    costs[head] = self._cost(adapter, calibration, dense)
+                    costs[head] = self.cost(adapter, calibration, dense)
                 finally:
                     adapter.mask(layer, None, None)
             scores.append(costs)
         return head_scores(adapter, scores)
 
     @torch.no_grad()
-    def _predictions(self, adapter: Adapter, calibration: Calibration) -> list[Tensor]:
+    def predictions(self, adapter: Adapter, calibration: Calibration) -> list[Tensor]:
         """Log-probabilities of the masked tokens ``[masked, V]``, batch by batch."""
         device = adapter.device
         found = []
@@ -63,9 +63,9 @@ class Ablation(HeadCriterion):
             found.append(logits[part.masked.to(device)].float().log_softmax(-1))
         return found
 
-    def _cost(self, adapter: Adapter, calibration: Calibration, dense: list[Tensor]) -> float:
+    def cost(self, adapter: Adapter, calibration: Calibration, dense: list[Tensor]) -> float:
         total, count = 0.0, 0
-        pruned = self._predictions(adapter, calibration)
+        pruned = self.predictions(adapter, calibration)
         for part, before, after in zip(calibration.batches(self.batch), dense, pruned, strict=True):
             if self.measure == "divergence":
                 cost = (before.exp() * (before - after)).sum()
