@@ -146,6 +146,16 @@ class LayerPlan:
     kept_experts: list[int] | None = None
     kept_expert_channels: list[list[int]] | None = None
 
+    @property
+    def dense_channels(self) -> list[int] | None:
+        """``kept_channels`` of a dense MLP; None where a mixture of experts goes as a whole."""
+        return None if self.kept_experts == [] else self.kept_channels
+
+    @property
+    def takes_experts(self) -> bool:
+        """Whether experts go, or channels of them."""
+        return self.kept_experts is not None or self.kept_expert_channels is not None
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; experts are named where the plan says something of them."""
         return {k: v for k, v in asdict(self).items() if v is not None or not k.startswith("kept_expert")}

@@ -231,11 +231,21 @@ class Adapter(ABC):
         the family's experts stay."""
         return None
 
+    def skip_experts(self, layer: int, kept: LayerPlan | None) -> None:
+        """Mask form of a layer's experts, where it has some, the weights staying as they are; None undoes
+        it."""
+        mlp = self.expert_mlp(layer)
+        if mlp is not None:
+            chosen = (None, None) if kept is None else (kept.kept_experts, kept.kept_expert_channels)
+            device = mlp.gate.weight.device
+            index = (None if ids is None else torch.tensor(ids, device=device).long() for ids in chosen)
+            mlp.skip(*index)
+
     def check_experts(self, layers: list[LayerPlan]) -> None:
         """Raise ``ValueError``, before anything changes, where this model's experts can't go as ``layers``
         say."""
         for layer, kept in enumerate(layers):
-            if kept.kept_experts is None and kept.kept_expert_channels is None:
+            if not kept.takes_experts:
                 continue
             mlp = self.expert_mlp(layer)
             if mlp is None:

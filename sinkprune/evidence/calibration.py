@@ -181,6 +181,17 @@ class BlockStream:
         finally:
             hook.remove()
 
+    def tokens(self, layer: int, until: nn.Module) -> Tensor:
+        """The valid tokens that reach the module ``until`` of block ``layer``, ``[tokens, n]``."""
+        seen: list[Tensor] = []
+        self.visit(layer, until, seen.append)
+        return self.flat(seen)
+
+    def flat(self, batches: list[Tensor]) -> Tensor:
+        """The valid tokens of ``[rows, L, n]`` per batch, ``[tokens, n]``."""
+        pairs = zip(batches, self.valid, strict=True)
+        return torch.cat([x.flatten(0, 1) if valid is None else x[valid] for x, valid in pairs])
+
     def _run(self, layer: int, batch: _Batch) -> Any:
         args, keywords = batch.arguments[layer]
         with self._adapter.hiding(batch.valid):

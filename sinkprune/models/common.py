@@ -140,9 +140,12 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(channels, hidden, bias=False)
         self.kept_channels: Tensor | None = None
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the down projection gets, ``[..., channels]``."""
+        return skip_channels(elementwise.swiglu(self.gate_proj(x), self.up_proj(x)), self.kept_channels)
+
     def forward(self, x: Tensor) -> Tensor:
-        hidden = elementwise.swiglu(self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(skip_channels(hidden, self.kept_channels))
+        return self.down_proj(self.hidden(x))
 
 
 @dataclass

@@ -123,6 +123,18 @@ class ExpertMLP(nn.Module):
             routed.index_add_(0, row, out.float() * weights[row, place, None])
         return routed
 
+    def inputs_of(
+        self, expert: int, tokens: Tensor, chosen: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which of ``tokens`` go to ``expert``, int ``[n]``, and what its down projection gets of them times
+        their weights, float32 ``[n, channels]``."""
+        row, place = (chosen == expert).nonzero(as_tuple=True)
+        return row, self.hidden_of(expert, tokens[row]) * weights[row, place, None]
+
+    def hidden_of(self, expert: int, tokens: Tensor) -> Tensor:
+        """What an expert's down projection gets of ``tokens``, float32 ``[n, channels]``."""
+        return cast(GatedMLP, self.experts[expert]).hidden(tokens).float()
+
     def skip(self, experts: Tensor | None, channels: Tensor | None) -> None:
         """Leave out all but ``experts`` int ``[n]`` (none: the whole MLP) and of each of them all but
         ``channels`` int ``[n, c]``, the weights staying as they are. None: keep all."""

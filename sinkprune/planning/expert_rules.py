@@ -59,10 +59,10 @@ def reconstruction(adapter: Adapter, evidence: Evidence) -> list[Tensor]:
             newcomer, counted = again.gather(-1, place).squeeze(-1), counts.gather(-1, place)
             for other in newcomer.unique().tolist():
                 if other not in grams:
-                    own = inputs_of(mlp, other, tokens, chosen, weights)[1]
+                    own = mlp.inputs_of(other, tokens, chosen, weights)[1]
                     grams[other] = (own.T @ own).double()
                 at = newcomer == other
-                entering = _hidden(mlp, other, tokens[rows[at]]) * counted[at]
+                entering = mlp.hidden_of(other, tokens[rows[at]]) * counted[at]
                 found[layer][expert] += (
                     _left_over(grams[other], entering.double(), lost[at].double()) / energy
                 )
@@ -141,7 +141,7 @@ def expert_channel_scores(adapter: Adapter, evidence: Evidence) -> list[Tensor]:
     for layer, mlp, tokens in expert_inputs(adapter, evidence):
         chosen, weights = mlp.gate(tokens)
         for expert in chosen.unique().tolist():
-            x = inputs_of(mlp, expert, tokens, chosen, weights)[1].double()
+            x = mlp.inputs_of(expert, tokens, chosen, weights)[1].double()
             down = cast(GatedMLP, mlp.experts[expert]).down_proj.weight.double().square().sum(0)
             found[layer][expert] = (x.square().mean(0) * down).cpu()
     return found
@@ -156,37 +156,8 @@ def expert_inputs(adapter: Adapter, evidence: Evidence) -> Iterator[tuple[int, E
         for layer in range(adapter.geometry().num_layers):
             mlp = adapter.expert_mlp(layer)
             if mlp is not None:
-                seen: list[Tensor] = []
-                stream.visit(layer, mlp, seen.append)
-                yield layer, mlp, valid_tokens(seen, stream.valid)
+                yield layer, mlp, stream.tokens(layer, mlp)
             stream.advance(layer)
-
-
-def valid_tokens(batches: list[Tensor], valid: list[Tensor | None]) -> Tensor:
-    """The tokens of ``[B, L, n]`` batches that are no padding, ``[tokens, n]``."""
-    rows = [x.flatten(0, 1) if keep is None else x[keep] for x, keep in zip(batches, valid, strict=True)]
-    return torch.cat(rows)
-
-
-def inputs_of(
-    mlp: ExpertMLP, expert: int, tokens: Tensor, chosen: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Which of ``tokens`` go to ``expert``, and what its down projection gets of them times their weights:
-    int ``[n]`` and float32 ``[n, channels]``."""
-    row, place = (chosen == expert).nonzero(as_tuple=True)
-    return row, _hidden(mlp, expert, tokens[row]) * weights[row, place, None]
-
-
-def _hidden(mlp: ExpertMLP, expert: int, tokens: Tensor) -> Tensor:
-    """What an expert's down projection gets, float32 ``[n, channels]``."""
-    seen: list[Tensor] = []
-    down = mlp.experts[expert].get_submodule("down_proj")
-    hook = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        mlp.experts[expert](tokens)
-    finally:
-        hook.remove()
-    return seen[0].float()
 
 
 def _left_over(gram: Tensor, x: Tensor, lost: Tensor) -> Tensor:

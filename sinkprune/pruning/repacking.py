@@ -118,7 +118,7 @@ def restore(model: nn.Module) -> nn.Module:
         raise ValueError("a compact model can't be restored: load the dense checkpoint again")
     for layer in range(adapter.geometry().num_layers):
         adapter.mask(layer, None, None)
-        skip_experts(adapter, layer, None)
+        adapter.skip_experts(layer, None)
     mark(model, None, "dense")
     return model
 
@@ -132,14 +132,7 @@ def _require_geometry(adapter: Adapter, plan: PrunePlan) -> None:
 
 def _kept(plan: PrunePlan) -> tuple[list[list[int]], list[list[int] | None]]:
     """Heads that every layer keeps, and channels of its dense MLP."""
-    layers = range(plan.geometry.num_layers)
-    return [layer.kept_heads for layer in plan.layers], [_dense_channels(plan, layer) for layer in layers]
-
-
-def _dense_channels(plan: PrunePlan, layer: int) -> list[int] | None:
-    """What a layer's dense MLP keeps; None = all, or experts that go as a whole."""
-    kept = plan.layers[layer]
-    return None if kept.kept_experts == [] else kept.kept_channels
+    return [layer.kept_heads for layer in plan.layers], [layer.dense_channels for layer in plan.layers]
 
 
 def install_compact(model: nn.Module, plan: PrunePlan, *, low_memory: bool = False) -> None:
@@ -168,7 +161,7 @@ def compact_layer(adapter: Adapter, plan: PrunePlan, layer: int) -> tuple[nn.Mod
     attention = compact_attention(
         adapter.attention_weights(layer), adapter.geometry(), layer, kept.kept_heads
     )
-    channels = _dense_channels(plan, layer)
+    channels = kept.dense_channels
     if channels is not None:
         return attention, compact_mlp(adapter.mlp_weights(layer), channels)
     return attention, _compact_experts(adapter, layer, kept)
@@ -177,7 +170,7 @@ def compact_layer(adapter: Adapter, plan: PrunePlan, layer: int) -> tuple[nn.Mod
 def _compact_experts(adapter: Adapter, layer: int, kept: LayerPlan) -> nn.Module | None:
     """The layer's mixture of the experts that it keeps; None where they all stay."""
     dense = adapter.expert_mlp(layer)
-    if dense is None or (kept.kept_experts is None and kept.kept_expert_channels is None):
+    if dense is None or not kept.takes_experts:
         return None
     if kept.kept_experts != []:
         return dense.keeping(kept.kept_experts, kept.kept_expert_channels)
@@ -220,7 +213,7 @@ def mask_indices(adapter: Adapter, plan: PrunePlan) -> list[tuple[Tensor | None,
     found: list[tuple[Tensor | None, Tensor | None]] = []
     for layer, kept in enumerate(plan.layers):
         device = adapter.attention_weights(layer).q.device
-        chosen = _dense_channels(plan, layer)
+        chosen = kept.dense_channels
         channels = None if chosen is None else torch.tensor(chosen, dtype=torch.long, device=device)
         everything = len(kept.kept_heads) == plan.geometry.heads[layer]
         heads = None if everything else torch.tensor(kept.kept_heads, dtype=torch.long, device=device)
@@ -231,17 +224,7 @@ def mask_indices(adapter: Adapter, plan: PrunePlan) -> list[tuple[Tensor | None,
 def _mask(adapter: Adapter, plan: PrunePlan) -> None:
     for layer, (heads, channels) in enumerate(mask_indices(adapter, plan)):
         adapter.mask(layer, heads, channels)
-        skip_experts(adapter, layer, plan.layers[layer])
-
-
-def skip_experts(adapter: Adapter, layer: int, kept: LayerPlan | None) -> None:
-    """Mask form of a layer's experts, where it has some; None undoes it."""
-    mlp = adapter.expert_mlp(layer)
-    if mlp is None:
-        return
-    chosen = (None, None) if kept is None else (kept.kept_experts, kept.kept_expert_channels)
-    device = mlp.gate.weight.device
-    mlp.skip(*(None if ids is None else torch.tensor(ids, dtype=torch.long, device=device) for ids in chosen))
+        adapter.skip_experts(layer, plan.layers[layer])
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

@@ -4,7 +4,7 @@ one gave."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from sinkprune.adapters import Adapter
 from sinkprune.evidence.calibration import BlockStream, Calibration, linear
-from sinkprune.plans import Geometry
+from sinkprune.plans import Geometry, LayerPlan
+from sinkprune.pruning.expert_repair import refit_experts
 
 if TYPE_CHECKING:
     from sinkprune.plans import PrunePlan
@@ -38,7 +39,8 @@ def repaired(
     """Refit the projections of a dense model for ``plan``; if what follows fails, put the old ones back.
 
     Layer by layer, on the outputs of the already pruned and repaired layers before it: the kept columns of
-    the output projection, then of the down projection, and its bias where it has one, are those that come
+    the output projection, then of the down projection (of a mixture, of the experts that stay), and its bias
+    where it has one, are those that come
     closest in squared error to the dense layer's outputs, by ridge regression towards the weights as they
     are. Layers before the
     first that loses something are left as they are; later ones make up for what reaches them changed. Kept
@@ -74,12 +76,13 @@ def repaired(
                 pruned.advance(layer)
                 continue
             fits = _fits(adapter, plan, layer)
-            with _outputs([module for module, _ in fits]) as targets:
+            experts = adapter.expert_mlp(layer) if method != "bias" else None
+            watched = [module for module, _ in fits]
+            with _outputs([*watched, *([] if experts is None else [experts])]) as targets:
                 dense.advance(layer)
-            kept = plan.layers[layer]
-            _skip(adapter, layer, kept.kept_heads, kept.kept_channels)
+            _skip(adapter, layer, plan.layers[layer])
             try:
-                for (module, columns), target in zip(fits, targets, strict=True):
+                for (module, columns), target in zip(fits, targets[: len(fits)], strict=True):
                     if keep_originals:
                         originals.append((module, module.weight.detach().clone(), module.bias))
                     sums = _Sums(columns, target, pruned.valid)
@@ -105,9 +108,14 @@ def repaired(
                             module.bias = nn.Parameter(
                                 fitted, (module.weight if module.bias is None else module.bias).requires_grad
                             )
+                if experts is not None and not experts.gone:
+                    save = _saver(originals) if keep_originals else None
+                    refit_experts(
+                        experts, pruned.tokens(layer, experts), pruned.flat(targets[-1]), ridge, save
+                    )
                 pruned.advance(layer)
             finally:
-                _skip(adapter, layer, None, None)
+                _skip(adapter, layer, None)
         yield
     except BaseException:
         with torch.no_grad():
@@ -142,7 +150,8 @@ def _first_loss(geometry: Geometry, plan: PrunePlan) -> int:
 
 def _loses(geometry: Geometry, plan: PrunePlan, layer: int) -> bool:
     kept = plan.layers[layer]
-    return len(kept.kept_heads) < geometry.heads[layer] or kept.kept_channels is not None
+    fewer = len(kept.kept_heads) < geometry.heads[layer]
+    return fewer or kept.kept_channels is not None or kept.takes_experts
 
 
 def _fits(adapter: Adapter, plan: PrunePlan, layer: int) -> list[tuple[nn.Linear, Tensor]]:
@@ -204,8 +213,8 @@ class _Sums:
 
 
 @contextmanager
-def _outputs(modules: list[nn.Linear]) -> Iterator[list[list[Tensor]]]:
-    """The outputs of linear layers while the blocks run, one list of batches for each."""
+def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
+    """The outputs of modules while the blocks run, one list of batches for each."""
     found: list[list[Tensor]] = [[] for _ in modules]
     hooks = [
         module.register_forward_hook(lambda m, args, out, into=into: into.append(out.detach()))
@@ -218,11 +227,14 @@ def _outputs(modules: list[nn.Linear]) -> Iterator[list[list[Tensor]]]:
             hook.remove()
 
 
-def _skip(adapter: Adapter, layer: int, heads: list[int] | None, channels: list[int] | None) -> None:
-    """Mask form of one layer; all None undoes it."""
+def _saver(originals: list[tuple[nn.Linear, Tensor, Tensor | None]]) -> Callable[[nn.Linear], object]:
+    return lambda module: originals.append((module, module.weight.detach().clone(), module.bias))
+
+
+def _skip(adapter: Adapter, layer: int, kept: LayerPlan | None) -> None:
+    """Mask form of one layer; None undoes it."""
     device = adapter.attention_weights(layer).q.device
-    adapter.mask(
-        layer,
-        None if heads is None else torch.tensor(heads, dtype=torch.long, device=device),
-        None if channels is None else torch.tensor(channels, dtype=torch.long, device=device),
-    )
+    chosen = (None, None) if kept is None else (kept.kept_heads, kept.dense_channels)
+    index = (None if ids is None else torch.tensor(ids, dtype=torch.long, device=device) for ids in chosen)
+    adapter.mask(layer, *index)
+    adapter.skip_experts(layer, kept)

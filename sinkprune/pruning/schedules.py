@@ -109,7 +109,7 @@ def scheduled(model: nn.Module, schedule: PhaseSchedule) -> Iterator[Position]:
         if plan.geometry != adapter.geometry() or plan.fingerprint not in ("", adapter.fingerprint()):
             raise ValueError("the schedule's plans were made for another model")
         kept = plan.layers
-        if any(layer.kept_experts is not None or layer.kept_expert_channels is not None for layer in kept):
+        if any(layer.takes_experts for layer in kept):
             raise ValueError("a schedule switches heads and channels: its plans must keep all experts")
         adapter.check([layer.kept_heads for layer in kept], [layer.kept_channels for layer in kept], "mask")
     position = None
