@@ -11,11 +11,12 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+REPEATS = 20  # timed rounds; in each of them every candidate runs once, so that drift hits all alike
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,14 @@ def tune(
     shapes: Sequence[Shape],
     device: torch.device | str = "cuda",
     *,
-    path: Path | None = None,
-    repeats: int = 20,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[Any, Any]:
-    """Time every shipped tile, with several shares, on each shape; keep and store the fastest per bucket.
+    """Time every shipped tile, with several shares, on each shape; keep the fastest per bucket and store them
+    where later runs on this GPU model read.
 
     Args:
         shapes: what to tune for; each is filed under its bucket (lengths and grid rounded up to powers of
             two).
-        path: where to store the choices; None = the file that later runs on this GPU model read.
-        repeats: timed rounds; in each round every candidate runs once, so that drift hits all alike.
         report: called with one line per shape and kernel.
 
     Returns:
@@ -122,13 +120,13 @@ def tune(
     for shape in shapes:
         q, k, v = _inputs(shape, where)
         for kernel, candidates in _candidates(q, k, v).items():
-            medians = _interleaved(list(candidates.values()), where, repeats)
+            medians = _interleaved(list(candidates.values()), where)
             best, (tile, shares) = min(zip(medians, candidates, strict=True), key=lambda pair: pair[0])
             programs = shape.batch * shape.heads
             chosen[launch.bucket(kernel, q, shape.queries, shape.keys, programs)] = tile, shares
             report(f"{kernel} {shape}: {best * 1e3:.1f} us with {tile}, {shares} shares")
     name = torch.cuda.get_device_properties(where).name
-    launch.write_tuned(launch.tuned_path(name) if path is None else path, chosen)
+    launch.write_tuned(launch.tuned_path(name), chosen)
     launch.overrides.update(chosen)
     return chosen
 
@@ -161,14 +159,14 @@ def _candidates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, dict[Any, Callable
     }
 
 
-def _interleaved(calls: list[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+def _interleaved(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
     """Median milliseconds of each call, timed by device events, one round after another, L2 flushed before
     each."""
     flush = torch.empty(64 * 2**20, dtype=torch.int32, device=device)
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:  # compiles
         call()
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         for call, seen in zip(calls, times, strict=True):
             flush.zero_()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

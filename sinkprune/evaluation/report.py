@@ -28,6 +28,10 @@ from sinkprune.planning.timing import interleaved
 from sinkprune.plans import PrunePlan
 from sinkprune.version import __version__
 
+WINDOWS, LENGTH = 32, 128  # of `evaluate`
+SPEED_LENGTH, ROUNDS = 256, 20  # tokens of the timed forward, and how often it is timed
+STEPS, NEW_TOKENS = 64, 64  # of the sampler
+
 
 def compare(
     dense: nn.Module,
@@ -40,12 +44,6 @@ def compare(
     held_out: str,
     out_of_domain: str,
     prompts: list[str],
-    windows: int = 32,
-    length: int = 128,
-    speed_length: int = 256,
-    rounds: int = 20,
-    steps: int = 64,
-    gen_length: int = 64,
     block_length: int | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
@@ -57,17 +55,15 @@ def compare(
         tokenizer, name: of the model.
         held_out, out_of_domain: texts of the model's kind and of another.
         prompts: continued by both models.
-        windows, length: of ``evaluate``.
-        speed_length, rounds: tokens of the timed forward, and how often it is timed.
-        steps, gen_length, block_length: of the sampler.
+        block_length: of the sampler.
         progress: called with a line before each part.
     """
     say = progress or (lambda line: None)
-    quality: dict[str, Any] = {"windows": windows, "length": length, "levels": [str(t) for t in NOISE_LEVELS]}
+    quality: dict[str, Any] = {"windows": WINDOWS, "length": LENGTH, "levels": [str(t) for t in NOISE_LEVELS]}
     for label, text in (("held-out", held_out), ("out-of-domain", out_of_domain)):
         say(f"quality on {label} text")
         before, after = (
-            evaluate(m, text, tokenizer=tokenizer, windows=windows, length=length) for m in (dense, pruned)
+            evaluate(m, text, tokenizer=tokenizer, windows=WINDOWS, length=LENGTH) for m in (dense, pruned)
         )
         change, error = after.minus(before)
         _, low, high = after.interval(before)
@@ -78,12 +74,12 @@ def compare(
         }
         quality |= pair if label == "held-out" else {"out_of_domain": pair}
     say("speed")
-    speed = measure_speed(dense, pruned, plan, length=speed_length, rounds=rounds)
+    speed = measure_speed(dense, pruned, plan)
     for side in ("dense", "pruned"):
         seconds = speed[f"{side}_ms_per_step"] / 1e3
-        speed[f"{side}_tokens_per_second"] = gen_length / (steps * seconds)
+        speed[f"{side}_tokens_per_second"] = NEW_TOKENS / (STEPS * seconds)
     say("text")
-    options: dict[str, Any] = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
+    options: dict[str, Any] = {"steps": STEPS, "gen_length": NEW_TOKENS, "block_length": block_length}
     texts = [generate(m, tokenizer, prompts, **options) for m in (dense, pruned)]
     geometry = plan.geometry
     return {
@@ -111,7 +107,7 @@ def compare(
             "kept_heads": [layer.kept_heads for layer in plan.layers],
         },
         "quality": quality,
-        "speed": {**speed, "forwards": steps, "new_tokens": gen_length},
+        "speed": {**speed, "forwards": STEPS, "new_tokens": NEW_TOKENS},
         "memory": {
             f"{side}_{what}": count(model)
             for side, model in (("dense", dense), ("pruned", pruned))
@@ -125,37 +121,29 @@ def compare(
 
 
 @torch.inference_mode()
-def measure_speed(
-    dense: nn.Module,
-    pruned: nn.Module,
-    plan: PrunePlan,
-    *,
-    batch: int = 1,
-    length: int = 256,
-    rounds: int = 20,
-) -> dict[str, Any]:
-    """Milliseconds of a forward of ``[batch, length]``, both sides interleaved, their ratio and its
+def measure_speed(dense: nn.Module, pruned: nn.Module, plan: PrunePlan) -> dict[str, Any]:
+    """Milliseconds of a forward of ``[1, SPEED_LENGTH]``, both sides interleaved, their ratio and its
     ceiling."""
     device = next(dense.parameters()).device.type
     geometry = adapter_for(dense).geometry()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, geometry.vocabulary, (batch, length), generator=generator).to(device)
+    ids = torch.randint(0, geometry.vocabulary, (1, SPEED_LENGTH), generator=generator).to(device)
     timings, ratios = interleaved(
-        {"dense": lambda: dense(ids), "pruned": lambda: pruned(ids)}, repeats=rounds, device=device
+        {"dense": lambda: dense(ids), "pruned": lambda: pruned(ids)}, repeats=ROUNDS, device=device
     )
     return {
-        "batch": batch,
-        "length": length,
+        "batch": 1,
+        "length": SPEED_LENGTH,
         "device": device,
         "dtype": str(next(dense.parameters()).dtype).removeprefix("torch."),
-        "rounds": rounds,
+        "rounds": ROUNDS,
         "dense_ms_per_step": timings["dense"].median,
         "pruned_ms_per_step": timings["pruned"].median,
         "dense_p20_p80": [timings["dense"].p20, timings["dense"].p80],
         "pruned_p20_p80": [timings["pruned"].p20, timings["pruned"].p80],
         "ratio": ratios["pruned"],
-        "ceiling": ceiling(geometry, plan, batch, length),
-        "ceilings": ceilings(dense, plan, batch, length, roofs(device)),
+        "ceiling": ceiling(geometry, plan, 1, SPEED_LENGTH),
+        "ceilings": ceilings(dense, plan, 1, SPEED_LENGTH, roofs(device)),
     }
 
 
