@@ -14,6 +14,7 @@ and what lies between a layer's products (`elementwise`).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +32,10 @@ from sinkprune.ops._backends import (
 )
 from sinkprune.ops._checks import (
     Index,
+    check_attention,
     check_heads,
-    check_kv_head_of,
-    check_lse,
-    check_mass_out,
     check_offset,
-    check_queries_keys,
-    check_visibility,
+    is_listed,
 )
 from sinkprune.ops.elementwise import add_rms_norm, rms_norm, rope_qk, swiglu
 
@@ -91,16 +89,16 @@ def attention(
         BackendUnavailable: the forced backend cannot serve the call.
     """
     q, k, v = _autocast(q, k, v)
-    check_queries_keys(q, k, v)
-    heads = check_heads(kept_heads, q.shape[1], q.device)
-    groups = check_kv_head_of(kv_head_of, q.shape[1], k.shape[1], q.device)
     seen = Visibility(key_padding_mask, block_size, query_positions, key_positions)
-    check_visibility(q, k, seen)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     compact = layout == "compact"
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    heads: Any = kept_heads
+    groups: Any = kv_head_of
+    if needs_grad or is_listed(heads, groups, q):  # the op checks what it can take, which is tensors
+        heads, groups = check_attention((q, k, v), heads, groups, seen)
+    scale = _scale(q, scale)
     if not needs_grad:
         return torch.ops.sinkprune.attention.default(q, k, v, heads, groups, *seen, scale, compact, backend)
     refuse_unknown(backend, attention_refused("sdpa" if backend == "auto" else backend, q, scale, True))
@@ -110,6 +108,11 @@ def attention(
         q, k, v, kept_heads=heads, kv_head_of=groups, compact=compact, scale=scale, **seen._asdict()
     )
     return out, lse.detach()
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    """A head that is too small for the default is the op's to refuse."""
+    return max(1, q.shape[-1] if q.dim() else 1) ** -0.5 if scale is None else scale
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -181,27 +184,19 @@ def column_mass(
     per head and normalised.
     """
     q, k = _autocast(q, k)
-    check_queries_keys(q, k, None)
-    heads = check_heads(kept_heads, q.shape[1], q.device)
-    groups = check_kv_head_of(kv_head_of, q.shape[1], k.shape[1], q.device)
     seen = Visibility(key_padding_mask, block_size, query_positions, key_positions)
-    check_visibility(q, k, seen)
-    if lse is not None:
-        check_lse(lse, q)
-    if sample is not None and sample < 1:
-        raise ValueError(f"sample must be at least 1, got {sample}")
     offset = check_offset(offset, q.device)
-    lk = k.shape[2]
+    heads, groups = kept_heads, kv_head_of
+    if is_listed(heads, groups, q):
+        heads, groups = check_attention((q, k), heads, groups, seen)
     if out is None:
-        out = torch.empty(q.shape[0], q.shape[1], lk, dtype=torch.float32, device=q.device)
-    else:
-        check_mass_out(out, q, lk)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out = torch.empty(*q.shape[:2], *k.shape[2:3], dtype=torch.float32, device=q.device)
+    scale = _scale(q, scale)
     with torch.no_grad():
         torch.ops.sinkprune.column_mass_.default(
             q, k, lse, heads, groups, *seen, scale, sample, offset, out, backend
         )
-    return out[:, :, :lk]
+    return out[:, :, : k.shape[2]]
 
 
 def column_mass_backend(q: Tensor, k: Tensor, lse: Tensor | None) -> str:

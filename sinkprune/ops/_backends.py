@@ -16,7 +16,7 @@ from torch import Tensor
 from sinkprune.kernels import reference
 from sinkprune.kernels.visibility import Visibility
 from sinkprune.ops import _pytorch
-from sinkprune.ops._checks import check_sink_update
+from sinkprune.ops._checks import check_attention, check_column_mass, check_sink_update
 
 BACKENDS = ("auto", "reference", "sdpa", "native", "triton")
 LARGEST_HEAD = 256
@@ -116,6 +116,7 @@ def _attention(
     """The op's one implementation. ``out`` always lies in memory as ``[B, Lq, H, D]``, so that joining the
     heads costs no copy, and ``lse`` as ``[B, H, Lq]``."""
     seen = Visibility(key_padding_mask, block_size, query_positions, key_positions)
+    kept_heads, kv_head_of = check_attention((q, k, v), kept_heads, kv_head_of, seen)
     if backend == "auto":
         irregular = kept_heads is not None or kv_head_of is not None
         backend = choose_attention(q, scale, irregular, seen.limited, needs_grad=False)
@@ -134,10 +135,17 @@ def _attention(
 
 
 def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, kept_heads: Tensor | None, *rest: object
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept_heads: Tensor | None,
+    kv_head_of: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
+    *seen, _scale, compact, _backend = rest
+    check_attention((q, k, v), kept_heads, kv_head_of, Visibility(*seen))
     b, hq, lq, d = q.shape
-    h = kept_heads.shape[0] if kept_heads is not None and rest[-2] else hq
+    h = kept_heads.shape[0] if kept_heads is not None and compact else hq
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(b, lq, h, d).transpose(1, 2), q.new_empty(b, h, lq, dtype=wide)
 
@@ -159,11 +167,12 @@ def _column_mass_(
     backend: str,
 ) -> None:
     """The op's one implementation; nothing to compute is the same zeros everywhere."""
+    seen = Visibility(key_padding_mask, block_size, query_positions, key_positions)
+    kept_heads, kv_head_of = check_column_mass(q, k, lse, kept_heads, kv_head_of, seen, sample, offset, out)
     if backend == "auto":
         backend = choose_column_mass(q, k, lse, scale)
     else:
         refuse_unknown(backend, column_mass_refused(backend, q, k, lse, scale))
-    seen = Visibility(key_padding_mask, block_size, query_positions, key_positions)
     options: dict[str, Any] = {"kept_heads": kept_heads, "kv_head_of": kv_head_of, **seen._asdict()}
     number = q.shape[1] if kept_heads is None else kept_heads.shape[0]
     if 0 in (q.shape[0], number, q.shape[2], k.shape[2]):
@@ -186,6 +195,13 @@ def _column_mass_(
             offset=0 if offset is None else int(offset),
         )  # fmt: skip
         out[:, :, lk:] = 0
+
+
+def _column_mass_fake(
+    q: Tensor, k: Tensor, lse: Tensor | None, kept_heads: Tensor | None, kv_head_of: Tensor | None, *rest: Any
+) -> None:
+    *seen, _scale, sample, offset, out, _backend = rest
+    check_column_mass(q, k, lse, kept_heads, kv_head_of, Visibility(*seen), sample, offset, out)
 
 
 def _sink_update_(
@@ -224,6 +240,11 @@ def _sink_update_(
         trace_positions[step], trace_mass[step] = position, top
 
 
+def _lazy(*arguments: object) -> None:
+    """PyTorch would hand on copies of such tensors, and stumble over writing them back."""
+    raise ValueError("expected tensors that hold their values; call resolve_neg() or resolve_conj() on views")
+
+
 _library = torch.library.Library("sinkprune", "DEF")
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? kept_heads, Tensor? kv_head_of, "
@@ -244,6 +265,9 @@ for _key in ("CPU", "CUDA"):
     _library.impl("attention", _attention, _key)
     _library.impl("column_mass_", _column_mass_, _key)
     _library.impl("sink_update_", _sink_update_, _key)
+for _key in ("Negative", "Conjugate", "ZeroTensor"):
+    _library.impl("column_mass_", _lazy, _key)
+    _library.impl("sink_update_", _lazy, _key)
 _library._register_fake("attention", _attention_fake)
-_library._register_fake("column_mass_", lambda *args: None)
+_library._register_fake("column_mass_", _column_mass_fake)
 _library._register_fake("sink_update_", lambda *args: None)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinkprune.ops._backends import _triton_refuses, refuse_unknown
+from sinkprune.ops._checks import check_floats
 
 WIDEST_ROW = 1 << 16
 
@@ -131,9 +132,10 @@ def _refuse(op: str, fits: bool, expected: str, *got: Tensor | None) -> None:
 
 
 def _fits_norm(op: str, x: Tensor, weight: Tensor | None) -> None:
-    fits = x.dim() > 0 and x.is_floating_point() and x.shape[-1] <= WIDEST_ROW
+    check_floats(op, x=x, weight=weight)
+    fits = x.dim() > 0 and x.shape[-1] <= WIDEST_ROW
     if weight is not None:
-        fits = fits and weight.shape == x.shape[-1:] and weight.is_floating_point()
+        fits = fits and weight.shape == x.shape[-1:]
         fits = fits and weight.device == x.device and (weight.numel() < 2 or weight.stride(0) == 1)
     _refuse(
         op, fits, f"floats [..., N], N up to {WIDEST_ROW}, and a contiguous gain [N] beside them", x, weight
@@ -160,18 +162,22 @@ def _add_norm_op(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
 
 
 def _alike(op: str, x: Tensor, other: Tensor) -> None:
+    check_floats(op, x=x, other=other)
     alike = x.shape == other.shape and x.dtype == other.dtype and x.device == other.device
-    _refuse(op, alike and x.dim() > 0 and x.is_floating_point(), "two float tensors alike [..., N]", x, other)
+    _refuse(op, alike and x.dim() > 0, "two float tensors alike [..., N]", x, other)
 
 
 def _rope_op(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, k_cos: Tensor | None, k_sin: Tensor | None,
     q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_floats("rope_qk", q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
     heads = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
-    heads = heads and q.dtype == k.dtype and q.is_floating_point() and q.device == k.device
+    heads = heads and q.dtype == k.dtype and q.device == k.device
     _refuse("rope_qk", heads, "q and k [B, H, L, D] of one float dtype, batch and width", q, k)
     _refuse("rope_qk", (k_cos is None) == (k_sin is None), "both tables of the keys or none", k_cos, k_sin)
+    if k_cos is not None:
+        check_floats("rope_qk", k_cos=k_cos, k_sin=k_sin)
     for x, table in (
         (q, (cos, sin)),
         (k, (cos if k_cos is None else k_cos, sin if k_sin is None else k_sin)),

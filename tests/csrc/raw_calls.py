@@ -90,6 +90,38 @@ def sink_update(rng: random.Random) -> Arguments:
     }
 
 
+def rms_norm(rng: random.Random) -> Arguments:
+    dtype = rng.choice([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+    x = torch.randn([rng.randint(1, 5) for _ in range(rng.randint(0, 2))] + [rng.randint(1, 40)]).to(dtype)
+    weight = torch.randn(x.shape[-1]).to(rng.choice([dtype, torch.float32])) if rng.random() < 0.8 else None
+    return {"x": x, "weight": weight, "eps": 1e-6}
+
+
+def add_rms_norm(rng: random.Random) -> Arguments:
+    fits = rms_norm(rng)
+    return {"x": fits["x"], "residual": torch.randn_like(fits["x"]), "weight": fits["weight"], "eps": 1e-6}
+
+
+def swiglu(rng: random.Random) -> Arguments:
+    x = rms_norm(rng)["x"]
+    return {"gate": x, "up": torch.randn_like(x)}
+
+
+def rope_qk(rng: random.Random) -> Arguments:
+    b, lq, lk, half = (rng.randint(1, n) for n in (2, 9, 9, 8))
+    d, dtype = 2 * half + rng.choice([0, 3]), rng.choice([torch.float32, torch.bfloat16])
+    tables = [torch.rand([b, 1, n, 2 * half][rng.choice([0, 2]) :]) for n in (lq, lq, lk, lk)]
+    tables = [tables[0], torch.rand_like(tables[0]), tables[2], torch.rand_like(tables[2])]
+    gains = [torch.randn(d).to(dtype) if rng.random() < 0.5 else None] * 2
+    return {
+        "q": torch.randn(b, rng.randint(1, 3), lq, d).to(dtype),
+        "k": torch.randn(b, rng.randint(1, 3), lk, d).to(dtype),
+        **dict(zip(("cos", "sin", "k_cos", "k_sin"), tables, strict=True)),
+        **dict(zip(("q_weight", "k_weight"), gains, strict=True)),
+        "eps": 1e-6,
+    }
+
+
 def native_gather(rng: random.Random) -> Arguments:
     fits: Arguments = {"outs": [], "sources": [], "ids": [], "pieces": [], "dims": []}
     for _ in range(rng.randint(1, 3)):
@@ -130,6 +162,10 @@ FITTING: dict[str, Callable[[random.Random], Arguments]] = {
     "sinkprune::attention": attention,
     "sinkprune::column_mass_": column_mass,
     "sinkprune::sink_update_": sink_update,
+    "sinkprune::rms_norm": rms_norm,
+    "sinkprune::add_rms_norm": add_rms_norm,
+    "sinkprune::swiglu": swiglu,
+    "sinkprune::rope_qk": rope_qk,
     "sinkprune_native::gather_": native_gather,
     "sinkprune_native::column_mass_": native_column_mass,
 }
@@ -148,7 +184,7 @@ def another_shape(t: Any, rng: random.Random) -> Any:
             t.flatten() if rng.random() < 0.5 else t.select(rng.randrange(len(sizes)), 0) if t.numel() else t
         )
     at = rng.randrange(len(sizes))
-    sizes[at] = rng.choice([0, sizes[at] + 1, max(0, sizes[at] - 1), sizes[at] * 2, 300])
+    sizes[at] = rng.choice([0, sizes[at] + 1, max(0, sizes[at] - 1), sizes[at] * 2, 70])
     return torch.ones(sizes, dtype=torch.float32).to(t.dtype)
 
 
@@ -397,12 +433,10 @@ def fuzz(calls: int, first: int = 0, only: str = "") -> list[tuple[int, str, str
             outcomes = [(int(n), op, outcome) for n, op, outcome in (line.split("\t", 2) for line in lines)]
             if process.returncode:
                 said = process.stderr.read() if process.stderr else ""
-                if not outcomes or outcomes[-1][2]:
+                if process.returncode > 0 or not outcomes or outcomes[-1][2]:
                     raise RuntimeError(f"the calls could not be made:\n{said[-2000:]}")
                 number, op, _ = outcomes[-1]
-                name = (
-                    signal.Signals(-process.returncode).name if process.returncode < 0 else process.returncode
-                )
+                name = signal.Signals(-process.returncode).name
                 outcomes[-1] = (number, op, f"died: {name}")
                 with journal.open("a") as notes:
                     notes.write(f"died: {name}\n")
