@@ -10,12 +10,13 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sinkprune.adapters.sizes import built_sizes
 from sinkprune.models.caches import Cache
 from sinkprune.models.experts import ExpertMLP, Router
 from sinkprune.models.marks import form_of, plan_of
@@ -94,6 +95,32 @@ class Adapter(ABC):
     @abstractmethod
     def geometry(self) -> Geometry:
         """Sizes of the dense model, also when the model is masked or compact."""
+
+    def as_built(self, said: Geometry) -> Geometry:
+        """The geometry that a config ``said``, with the heads and channels that the modules of a dense model
+        have: it may have been made narrower, or its layers may differ.
+
+        Raises ``ValueError`` for modules that don't fit each other.
+        """
+        plan = plan_of(self.model)
+        if self._sizes is None and self.form == "compact" and plan is not None:
+            dense = plan.geometry
+            self._sizes = tuple(zip(dense.heads, dense.kv_heads, dense.channels, strict=True))
+        if self._sizes is None:
+            self._sizes = tuple(self._built(said, layer) for layer in range(said.num_layers))
+        heads, kv_heads, channels = (tuple(sizes) for sizes in zip(*self._sizes, strict=True))
+        return replace(said, heads=heads, kv_heads=kv_heads, channels=channels)
+
+    _sizes: tuple[tuple[int, int, int], ...] | None = None  # of the dense model: they stay when it is packed
+
+    def _built(self, said: Geometry, layer: int) -> tuple[int, int, int]:
+        usual = said.heads[layer], said.kv_heads[layer], said.channels[layer]
+        try:
+            linears = self.linears(layer)
+        except (ValueError, AttributeError):  # a tree that it can't read: who needs it says so
+            return usual
+        heads, kv_heads, channels = built_sizes(layer, linears, said.head_dim) or usual
+        return heads, kv_heads, channels or usual[2]  # experts: those that a token passes through
 
     @abstractmethod
     def attention_weights(self, layer: int) -> AttentionWeights: ...

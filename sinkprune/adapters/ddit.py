@@ -64,7 +64,7 @@ class DDiTBlocks(LiveAdapter):
 
     def geometry(self) -> Geometry:
         config, layers = self._config, len(self.sites())
-        return Geometry(
+        said = Geometry(
             family=self.family,
             hidden=config.hidden_dim,
             head_dim=config.hidden_dim // config.n_heads,
@@ -75,6 +75,7 @@ class DDiTBlocks(LiveAdapter):
             channels=(4 * config.hidden_dim,) * layers,
             mlp_matrices=2,
         )
+        return self.as_built(said)
 
     @property
     def mask_token_id(self) -> int:

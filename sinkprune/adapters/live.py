@@ -134,8 +134,11 @@ class LiveAdapter(InPlaceAdapter):
         """
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
-        gated = self.geometry().channels[layer] > 0
-        return self.attention_linears(layer) | (self.mlp_linears(layer) if gated else {})
+        try:
+            mlp = self.mlp_linears(layer)
+        except ValueError:  # not gated
+            mlp = {}
+        return self.attention_linears(layer) | mlp
 
     def attention_weights(self, layer: int) -> AttentionWeights:
         found = tensors_of(self.attention_linears(layer), layer)
@@ -202,6 +205,13 @@ class LiveAdapter(InPlaceAdapter):
                 if isinstance(laid_out, SinkPrunedAttention | CompactMLP):
                     state = self._packed_as(laid_out, layer).state_dict()
                     tensors |= {f"{names[laid_out]}.{part}": tensor for part, tensor in state.items()}
+        wanted = native.state_dict()
+        for name, tensor in tensors.items():
+            is_, said = tuple(tensor.shape), tuple(wanted[name].shape)
+            if is_ != said:
+                raise ValueError(
+                    f"{name} has shape {is_}, and {said} by the model's config, which would be written"
+                )
         native.load_state_dict(tensors, assign=True)
         mark(native, plan, self.form)
         return native

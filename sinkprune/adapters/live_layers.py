@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from sinkprune.adapters.live import LiveAdapter, LiveAttention
 from sinkprune.adapters.native import MLP
+from sinkprune.adapters.sizes import one_width
 from sinkprune.models.block_causal import positions_of
 from sinkprune.plans import Geometry
 
@@ -45,16 +46,17 @@ class LiveLayers(LiveAdapter):
     def geometry(self) -> Geometry:
         config, layers = self._config, len(self.sites())
         heads = config.num_attention_heads
-        return Geometry(
+        said = Geometry(
             family=self.family,
             hidden=config.hidden_size,
-            head_dim=cast(int, self.sites()[0].head_dim),
+            head_dim=one_width([cast(int, site.head_dim) for site in self.sites()]),
             vocabulary=config.vocab_size,
             context=config.max_position_embeddings,
             heads=(heads,) * layers,
             kv_heads=(config.num_key_value_heads or heads,) * layers,
             channels=tuple(self.channels(layer) for layer in range(layers)),
         )
+        return self.as_built(said)
 
     def channels(self, layer: int) -> int:
         """Of a layer's gated MLP; where there is none, of the experts that a token passes through."""

@@ -90,7 +90,7 @@ class LLaDABlocks(LiveAdapter):
 
     def geometry(self) -> Geometry:
         config, layers = self._config, len(self.sites())
-        return Geometry(
+        said = Geometry(
             family=self.family,
             hidden=config.d_model,
             head_dim=config.d_model // config.n_heads,
@@ -100,6 +100,7 @@ class LLaDABlocks(LiveAdapter):
             kv_heads=(_kv_heads(config),) * layers,
             channels=tuple(self._channels(block) for block in self.sites()),
         )
+        return self.as_built(said)
 
     def _channels(self, block: nn.Module) -> int:
         """Channels of a gated MLP; 0 where there is none."""

@@ -61,7 +61,14 @@ class NativeAdapter(Adapter):
         for name in ("heads", "kv_heads", "channels"):
             if not isinstance(sizes[name], tuple):
                 sizes[name] = (sizes[name],) * layers
-        return Geometry(family=self.family, **sizes)
+        said = Geometry(family=self.family, **sizes)
+        built = self.as_built(said)
+        if (built.heads, built.kv_heads) != (said.heads, said.kv_heads):
+            raise ValueError(
+                f"the layers have {built.heads} query heads on {built.kv_heads} key/value heads, and their "
+                f"config, by which they compute, says {said.heads} on {said.kv_heads}"
+            )
+        return built
 
     @property
     def mask_token_id(self) -> int | None:

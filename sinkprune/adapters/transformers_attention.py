@@ -21,6 +21,7 @@ from sinkprune import ops
 from sinkprune.adapters.base import AttentionWeights, LayerObserver, MLPWeights, split_fused, tensors_of
 from sinkprune.adapters.in_place import InPlaceAdapter, Selection
 from sinkprune.adapters.masked import masked_attention, masked_call
+from sinkprune.adapters.sizes import one_width
 from sinkprune.adapters.transformers_masks import whole_mask
 from sinkprune.models.modules import AttentionCall
 from sinkprune.plans import Geometry
@@ -200,23 +201,24 @@ class TransformersAdapter(InPlaceAdapter):
         return cast(int, getattr(self._attention(layer), self.head_dim_name))
 
     def _channels(self, block: nn.Module) -> int:
-        return cast(int, self.config.intermediate_size)
+        return cast(int, cast(Any, self.mlp_of(block)["down"]).in_features)
 
     def geometry(self) -> Geometry:
         config, blocks = self.config, self.blocks()
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        return Geometry(
+        owns: list[Any] = [self.attention_of(block).config for block in blocks]  # layers' may differ
+        heads = tuple(cast(int, own.num_attention_heads) for own in owns)
+        said = Geometry(
             family=self.family,
             hidden=config.hidden_size,
-            head_dim=self._head_dim(0),
+            head_dim=one_width([self._head_dim(layer) for layer in range(len(blocks))]),
             vocabulary=config.vocab_size,
             context=config.max_position_embeddings,
-            heads=(heads,) * len(blocks),
-            kv_heads=(kv_heads,) * len(blocks),
+            heads=heads,
+            kv_heads=tuple(getattr(o, "num_key_value_heads", None) or o.num_attention_heads for o in owns),
             channels=tuple(self._channels(block) for block in blocks),
             mlp_matrices=self.mlp_matrices,
         )
+        return self.as_built(said)
 
     mlp_matrices = 3
 

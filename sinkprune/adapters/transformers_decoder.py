@@ -57,11 +57,11 @@ class TransformersDecoder(TransformersAdapter):
     def _channels(self, block: nn.Module) -> int:
         """Of an expert layer: those that a token passes through."""
         if any(name not in block.get_submodule("mlp")._modules for name in _MLP.values()):
-            config = self.config
+            config = cast(Any, self.attention_of(block)).config  # of this layer
             width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
             shared = getattr(config, "shared_expert_intermediate_size", None) or 0
             return int(config.num_experts_per_tok * width + shared)
-        return cast(int, self.config.intermediate_size)
+        return super()._channels(block)
 
     @property
     def causal(self) -> bool:

@@ -124,10 +124,11 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _require_geometry(adapter: Adapter, plan: PrunePlan) -> None:
-    if not plan.geometry.agrees(adapter.geometry()):
-        raise ValueError(
-            f"the plan is for another geometry: plan {plan.geometry}, model {adapter.geometry()}"
-        )
+    planned, here = plan.geometry, adapter.geometry()
+    if not planned.agrees(here):
+        pairs = {name: (size, getattr(here, name)) for name, size in vars(planned).items()}
+        differ = (f"{name} {a!r} in the plan and {b!r} here" for name, (a, b) in pairs.items() if a != b)
+        raise ValueError(f"the plan is for another geometry: {', '.join(differ)}")
 
 
 def _kept(plan: PrunePlan) -> tuple[list[list[int]], list[list[int] | None]]:
