@@ -35,6 +35,8 @@ class LayerActivations:
         attention_moment_soft, mlp_moment_soft: the same with every token weighted by 1 - soft sink mask.
         channels_mean, channels_moment: mean and mean square of the down projection's input ``[C]``.
         stream_moment: mean square of the hidden states after the block, per feature, a number.
+        relative_moment, relative_mean, relative_weight: ``heads_moment``, ``heads_mean`` and 1, every token
+            divided by its own mean square of the hidden states once the attention is added to them.
     """
 
     tokens: int
@@ -48,6 +50,14 @@ class LayerActivations:
     channels_mean: Tensor
     channels_moment: Tensor
     stream_moment: float
+    relative_moment: Tensor
+    relative_mean: Tensor
+    relative_weight: Tensor
+
+    def relative_covariance(self) -> Tensor:
+        """Of the heads' outputs, with tokens weighted as in ``relative_moment``: ``[H D, H D]``."""
+        mean = self.relative_mean
+        return self.relative_moment - mean[:, None] * mean / self.relative_weight
 
     def head_moments(self, *, centred: bool = False) -> Tensor:
         """The second moment of each head's own output, ``[H, D, D]``; ``centred``: its covariance."""
@@ -110,6 +120,8 @@ class _Layer:
             first.register_forward_pre_hook(partial(self._input, "attention")),
             value.register_forward_hook(self._value),
             linears["o"].register_forward_pre_hook(self._heads),
+            linears["o"].register_forward_hook(self._attended),
+            self.adapter.blocks()[self.layer].register_forward_pre_hook(self._enter, with_kwargs=True),
             self.adapter.blocks()[self.layer].register_forward_hook(self._stream),
         ]
         if "down" in linears:
@@ -191,6 +203,19 @@ class _Layer:
         self._add("residual_mean", residual.sum(0))
         by_head = residual.view(len(rows), -1, self.geometry.head_dim)
         self._add("residual_moment", torch.einsum("nhi,nhj->hij", by_head, by_head))
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.entered = args[0] if args else keywords["hidden_states"]
+
+    def _attended(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        """A token whose hidden state is a thousand times that of others (a massive activation) can lose as
+        many times more before the next norm shows it."""
+        rows = self._rows(args[0].detach())
+        energy = self._rows(self.entered + out.detach()).square().mean(1, keepdim=True)
+        weight = 1 / energy.clamp(min=torch.finfo(torch.float32).tiny)
+        self._add("relative_moment", rows.T @ (rows * weight))
+        self._add("relative_mean", (rows * weight).sum(0))
+        self._add("relative_weight", weight.sum())
 
     def _without_sinks(self, x: Tensor) -> Tensor:
         """The heads' outputs ``[B, L, H D]`` less what their sinks contribute, where those stand out."""

@@ -111,6 +111,12 @@ def watched(model, rows):
             hooks.append(linears[role].register_forward_pre_hook(keep(name, seen)))
         hooks.append(linears["qkv" if "qkv" in linears else "v"].register_forward_hook(keep("values", seen)))
         hooks.append(block.register_forward_hook(keep("stream", seen)))
+        hooks.append(linears["o"].register_forward_hook(keep("attended", seen)))
+
+        def enter(module, args, keywords, into=seen):
+            into["entered"] = (args[0] if args else keywords["hidden_states"]).detach().double()
+
+        hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         layers.append(seen)
     with torch.no_grad():
         adapter.predict(rows.ids, rows.valid)
@@ -121,7 +127,8 @@ def watched(model, rows):
 
 def by_hand(seen, probabilities, valid, heads, kv_heads, width):
     """Every field of ``LayerActivations`` from one layer's activations and attention ``[rows, H, L, L]``."""
-    tokens_seen = {name: [] for name in ("attention", "mlp", "heads", "channels", "stream", "residual", "w")}
+    names = ("attention", "mlp", "heads", "channels", "stream", "entered", "attended")
+    tokens_seen = {name: [] for name in (*names, "residual", "w")}
     standing = 0
     values = seen["values"][..., -kv_heads * width :].unflatten(-1, (kv_heads, width))
     for row, attention in enumerate(probabilities.double()):
@@ -140,12 +147,13 @@ def by_hand(seen, probabilities, valid, heads, kv_heads, width):
         threshold = drawn.mean() + 2 * (drawn - drawn.mean()).square().mean().sqrt()
         tokens_seen["w"].append(1 - 1 / (1 + torch.exp(-5 * (drawn - threshold))))
         tokens_seen["residual"].append(residual.flatten(1))
-        for name in ("attention", "mlp", "heads", "channels", "stream"):
+        for name in names:
             tokens_seen[name].append(seen[name][row, real])
     x = {name: torch.cat(parts) for name, parts in tokens_seen.items()}
     n = len(x["w"])
     residual = x["residual"].view(n, heads, width)
     centred = residual - residual.mean(0)
+    weight = 1 / (x["entered"] + x["attended"]).square().mean(1, keepdim=True)
     return standing, {
         "tokens": n,
         "heads_mean": x["heads"].mean(0),
@@ -158,6 +166,9 @@ def by_hand(seen, probabilities, valid, heads, kv_heads, width):
         "channels_mean": x["channels"].mean(0),
         "channels_moment": (x["channels"] ** 2).mean(0),
         "stream_moment": (x["stream"] ** 2).mean().item(),
+        "relative_moment": (x["heads"] * weight).T @ x["heads"] / n,
+        "relative_mean": (x["heads"] * weight).mean(0),
+        "relative_weight": weight.mean(),
     }
 
 

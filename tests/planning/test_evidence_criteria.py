@@ -1,5 +1,6 @@
 """Criteria that look at calibration rows, and rules for channels and layers, against their formulas."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -196,20 +197,45 @@ def test_of_two_heads_that_can_stand_in_for_each_other_only_one_is_free():
     assert errors[~free].min() > 10
 
 
-def test_reconstruction_looks_at_centred_damped_inputs_relative_to_the_stream():
+def attended(model, rows, layer):
+    """What the norm before a native LLaDA's MLP is given, its valid tokens: float64 ``[tokens, hidden]``."""
+    found = []
+    hook = model.blocks[layer].ff_norm.register_forward_pre_hook(lambda m, args: found.append(args[0]))
+    with torch.no_grad():
+        sp.adapter_for(model).predict(rows.ids, rows.valid)
+    hook.remove()
+    return found[0][rows.valid].double()
+
+
+def test_reconstruction_looks_at_centred_damped_inputs_relative_to_each_tokens_stream():
     model, rows = toy(n_kv_heads=2), rows_of()
     got = scores_of("reconstruction", model, rows)
-    for layer, (x, square) in enumerate(zip(given_to(model, rows, "o"), stream(model, rows), strict=True)):
-        centred = (x - x.mean(0)).numpy() / np.sqrt(len(x))
+    for layer, x in enumerate(given_to(model, rows, "o")):
+        weight = 1 / attended(model, rows, layer).square().mean(1, keepdim=True)
+        mean = (x * weight).sum(0) / weight.sum()
+        centred = ((x - mean) * weight.sqrt()).numpy() / np.sqrt(len(x))
         strength = DAMPING * (centred**2).sum(0).mean()
         padded = np.vstack([centred, np.sqrt(strength) * np.eye(32)])
         y = padded @ model.blocks[layer].attn_out.weight.detach().double().numpy().T
-        costs = [
-            refit_error(padded, y, columns((o for o in range(4) if o != h), WIDTH)) / square for h in range(4)
-        ]
+        costs = [refit_error(padded, y, columns((o for o in range(4) if o != h), WIDTH)) for h in range(4)]
         first = int(np.argmin(costs))
         assert got[layer].argmin() == first
         assert got[layer, first].item() == pytest.approx(costs[first], rel=1e-3)
+
+
+def test_tokens_with_massive_activations_do_not_hide_what_other_tokens_lose():
+    """A token whose hidden state is thousands of times the others': what a head is worth to those stays, where
+    a rule that goes by the mean over tokens takes every head for idle."""
+    model, rows = toy(), rows_of()
+    massive, marked = copy.deepcopy(model), rows.ids[0, 5]
+    with torch.no_grad():
+        massive.model["transformer"]["wte"].weight[marked, 0] = 1e4
+    share = {
+        rule: (scores_of(rule, massive, rows).max(1).values / scores_of(rule, model, rows).max(1).values)
+        for rule in ("reconstruction", "output_norm:relative=true")
+    }
+    assert share["reconstruction"].min() > 0.5
+    assert share["output_norm:relative=true"].max() < 0.01
 
 
 def masked_by_hand(model, layer, head):

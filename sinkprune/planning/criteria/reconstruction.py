@@ -19,7 +19,7 @@ DAMPING = 1e-2  # of the mean square of the inputs
 @dataclass
 class Reconstruction(HeadCriterion):
     """Squared error that removing head h adds when the remaining columns of the output projection are
-    refitted by least squares, relative to the residual stream's energy.
+    refitted by least squares, of every token relative to the energy of its own hidden state there.
 
     A layer's heads go one by one, each time the cheapest, so that two heads that can stand in for each other
     do not both look free (the structured form of optimal brain surgery: arXiv 2203.07259, 2302.04089). A
@@ -33,10 +33,10 @@ class Reconstruction(HeadCriterion):
         scores = []
         for layer, seen in enumerate(evidence.activations(adapter)):
             heads = adapter.geometry().heads[layer]
-            gram = seen.heads_moment - seen.heads_mean[:, None] * seen.heads_mean
+            gram = seen.relative_covariance()
             gram.diagonal().add_(DAMPING * gram.diagonal().mean() + 1e-12)
             weight = adapter.attention_weights(layer).o.detach().to(gram.dtype)
-            scores.append(removal_errors(weight, gram, heads) / seen.stream_moment)
+            scores.append(removal_errors(weight, gram, heads))
         return head_scores(adapter, scores)
 
 
