@@ -24,16 +24,23 @@ class Reconstruction(HeadCriterion):
     A layer's heads go one by one, each time the cheapest, so that two heads that can stand in for each other
     do not both look free (the structured form of optimal brain surgery: arXiv 2203.07259, 2302.04089). A
     head's score is the largest error on the way to its removal.
+
+    ``alike``: every token counts the same, and the error is relative to their mean energy. Where one token in a
+    hundred holds a massive activation (arXiv 2402.17762), as in models born autoregressive, that mean is its.
     """
 
     name: ClassVar[str] = "reconstruction"
     needs_calibration: ClassVar[bool] = True
+    alike: bool = False
 
     def score(self, adapter: Adapter, evidence: Evidence) -> Tensor:
         scores = []
         for layer, seen in enumerate(evidence.activations(adapter)):
             heads = adapter.geometry().heads[layer]
             gram = seen.relative_covariance()
+            if self.alike:
+                gram = seen.heads_moment - seen.heads_mean[:, None] * seen.heads_mean
+                gram = gram / seen.stream_moment
             gram.diagonal().add_(DAMPING * gram.diagonal().mean() + 1e-12)
             weight = adapter.attention_weights(layer).o.detach().to(gram.dtype)
             scores.append(removal_errors(weight, gram, heads))
