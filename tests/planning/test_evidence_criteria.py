@@ -224,8 +224,8 @@ def test_reconstruction_looks_at_centred_damped_inputs_relative_to_each_tokens_s
 
 
 def test_tokens_with_massive_activations_do_not_hide_what_other_tokens_lose():
-    """A token whose hidden state is thousands of times the others': what a head is worth to those stays, where
-    a rule that goes by the mean over tokens takes every head for idle."""
+    """A token whose hidden state is thousands of times the others': what a head is worth to those stays,
+    where a rule that goes by the mean over tokens takes every head for idle."""
     model, rows = toy(), rows_of()
     massive, marked = copy.deepcopy(model), rows.ids[0, 5]
     with torch.no_grad():

@@ -25,8 +25,8 @@ class Reconstruction(HeadCriterion):
     do not both look free (the structured form of optimal brain surgery: arXiv 2203.07259, 2302.04089). A
     head's score is the largest error on the way to its removal.
 
-    ``alike``: every token counts the same, and the error is relative to their mean energy. Where one token in a
-    hundred holds a massive activation (arXiv 2402.17762), as in models born autoregressive, that mean is its.
+    ``alike``: every token counts the same, and the error is relative to their mean energy. Where one token
+    in a hundred holds a massive activation (arXiv 2402.17762), that mean is its alone.
     """
 
     name: ClassVar[str] = "reconstruction"
