@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sinkprune.ops import native
+from sinkprune.ops import native, native_mass
 
 Variants = dict[str, Callable[[], object]]
 
@@ -266,13 +266,13 @@ def time_column_mass(shape: tuple[int, int, int, int], rounds: int) -> dict:
         outs[names[3]].copy_(torch.softmax((q @ k.mT).mul_(d**-0.5), -1).mean(2))
 
     variants: Variants = {
-        names[0]: lambda: native.column_mass(q, k, lse, out=outs[names[0]]),
-        names[1]: lambda: native.column_mass(q, k, lse, sample=16, offset=5, out=outs[names[1]]),
+        names[0]: lambda: native_mass.column_mass(q, k, lse, out=outs[names[0]]),
+        names[1]: lambda: native_mass.column_mass(q, k, lse, sample=16, offset=5, out=outs[names[1]]),
         names[2]: lambda: blocked_mass(q, k, negative_lse, d**-0.5 * log2e, outs[names[2]]),
         names[3]: materialised,
         "sdpa": lambda: flash(q, k, v),
     }
-    native.column_mass(
+    native_mass.column_mass(
         q[:, :, :32], k[:, :, :32], lse[:, :, :32]
     )  # the library loads before memory is counted
     peaks = {name: peak_growth(call) for name, call in variants.items()}

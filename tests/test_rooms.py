@@ -125,12 +125,13 @@ def test_the_table_of_rooms_in_the_design_is_the_tree() -> None:
 @pytest.mark.parametrize(
     "folder",
     [
-        pytest.param(
-            "sinkprune", marks=pytest.mark.xfail(strict=True, reason="ops/native.py is to be split")
-        ),
-        "kernels", "benchmarks", "examples", "tests",
+        "sinkprune",
+        "kernels",
+        "benchmarks",
+        "examples",
+        "tests",
     ],
-)  # fmt: skip
+)
 def test_files_stay_short_enough_to_read(folder: str) -> None:
     long = {
         str(path.relative_to(ROOT)): lines

@@ -83,9 +83,9 @@ def column_mass_refused(backend: str, q: Tensor, k: Tensor, lse: Tensor | None, 
     if backend == "triton":
         return _triton_refuses(q, scale) or _head_too_wide(q)
     if backend == "native":
-        from sinkprune.ops import native
+        from sinkprune.ops import native, native_mass
 
-        if native.serves_column_mass(q, k, lse):
+        if native_mass.serves(q, k, lse):
             return ""
         if not native.available():
             return f"the native extension is missing ({native.why_not()})"
@@ -180,10 +180,10 @@ def _column_mass_(
     elif backend == "sdpa":
         _pytorch.column_mass_(out, q, k, lse, kept_heads, kv_head_of, seen, scale, sample, offset)
     elif backend == "native":
-        from sinkprune.ops import native
+        from sinkprune.ops import native_mass
 
         assert lse is not None
-        native.column_mass(q, k, lse, **options, scale=scale, sample=sample, offset=offset, out=out)
+        native_mass.column_mass(q, k, lse, **options, scale=scale, sample=sample, offset=offset, out=out)
     elif backend == "triton":
         from sinkprune.kernels.column_mass import column_mass_
 

@@ -1,4 +1,4 @@
-"""The native extension: whether it is there, why not, and typed wrappers over its ops.
+"""The native extension: whether it is there, why not, and repacking by it (`native_mass` is column mass).
 
 Every function here gives the same values with and without the extension: where it is missing, or does not
 serve a device, PyTorch does the same work. ``SINKPRUNE_NATIVE=0`` turns the extension off;
@@ -19,8 +19,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from sinkprune.kernels import reference
 
 HeadIds = Sequence[int] | Tensor
 
@@ -125,7 +123,7 @@ def gather_heads(
     source = _matrix(weight, "weight", dims=(1, 2))
     if dim not in (0, 1) or dim >= source.dim():
         raise ValueError(f"dim must be {'0' if source.dim() == 1 else '0 or 1'}, got {dim}")
-    ids = _ids(heads, _pieces(source, head_dim, dim, "weight"), "heads")
+    ids = head_ids(heads, _pieces(source, head_dim, dim, "weight"), "heads")
     shape = list(source.shape)
     shape[dim] = len(ids) * head_dim
     result = _out(out, shape, source, "out")
@@ -167,8 +165,8 @@ def pack_qkv(
         raise ValueError(f"wk and wv must have one shape, got {tuple(wk.shape)} and {tuple(wv.shape)}")
     if pad_to < 1:
         raise ValueError(f"pad_to must be at least 1, got {pad_to}")
-    q_ids = _ids(q_heads, _pieces(sources[0], head_dim, 0, "wq"), "q_heads")
-    kv_ids = _ids(kv_heads, _pieces(sources[1], head_dim, 0, "wk"), "kv_heads")
+    q_ids = head_ids(q_heads, _pieces(sources[0], head_dim, 0, "wq"), "q_heads")
+    kv_ids = head_ids(kv_heads, _pieces(sources[1], head_dim, 0, "wk"), "kv_heads")
 
     ids = [q_ids, kv_ids, kv_ids]
     used = sum(len(i) for i in ids) * head_dim
@@ -192,39 +190,6 @@ def pack_qkv(
     return PackedQKV(weight, bias, _row_map(sources, ids, head_dim, rows))
 
 
-def pack_fused_qkv(
-    wqkv: Tensor,
-    bqkv: Tensor | None,
-    num_q_heads: int,
-    num_kv_heads: int,
-    q_heads: HeadIds,
-    kv_heads: HeadIds,
-    head_dim: int,
-    pad_to: int = 1,
-    *,
-    out: Tensor | None = None,
-) -> PackedQKV:
-    """:func:`pack_qkv` from a projection that is already fused, [Q | K | V] along its rows.
-
-    ``wqkv`` [(num_q_heads + 2·num_kv_heads)·head_dim, hidden]; ``bqkv`` one value a row, or None.
-    Raises as :func:`pack_qkv` does, and ``ValueError`` if the rows are not those of the heads.
-    """
-    source = _matrix(wqkv, "wqkv")
-    split = [num_q_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    if min(num_q_heads, num_kv_heads, head_dim) < 1 or source.shape[0] != sum(split):
-        raise ValueError(
-            f"wqkv must have ({num_q_heads} + 2·{num_kv_heads})·{head_dim} = {sum(split)} rows, "
-            f"got {source.shape[0]}"
-        )
-    bq = bk = bv = None
-    if bqkv is not None:
-        if list(bqkv.shape) != [sum(split)]:
-            raise ValueError(f"bqkv must have shape [{sum(split)}], got {list(bqkv.shape)}")
-        bq, bk, bv = bqkv.detach().split(split)
-    wq, wk, wv = source.split(split)
-    return pack_qkv(wq, wk, wv, bq, bk, bv, q_heads, kv_heads, head_dim, pad_to, out=out)
-
-
 def pack_o(wo: Tensor, heads: HeadIds, head_dim: int, *, out: Tensor | None = None) -> Tensor:
     """The columns of an output projection ``wo`` [hidden, Hq·head_dim] that read the kept heads, dense."""
     return gather_heads(_matrix(wo, "wo"), heads, head_dim, 1, out=out)
@@ -240,7 +205,7 @@ def pack_mlp(gate: Tensor | None, up: Tensor, down: Tensor, channels: HeadIds) -
     """
     wide = _matrix(up, "up")
     narrow = _matrix(down, "down")
-    ids = _ids(channels, wide.shape[0], "channels")
+    ids = head_ids(channels, wide.shape[0], "channels")
     if narrow.shape[1] != wide.shape[0]:
         raise ValueError(
             f"down must have the {wide.shape[0]} channels of up as columns, got {narrow.shape[1]}"
@@ -259,140 +224,6 @@ def pack_mlp(gate: Tensor | None, up: Tensor, down: Tensor, channels: HeadIds) -
     segments = _stacked(packed.gate_up, sources, [ids] * len(sources), 1)
     _gather([*segments, _Segment(packed.down, narrow, ids, 1, 1)])
     return packed
-
-
-def unpack(
-    compact: Tensor, heads: HeadIds, head_dim: int, dim: int, num_heads: int, *, out: Tensor | None = None
-) -> Tensor:
-    """The inverse of :func:`gather_heads`: the shape of ``num_heads`` heads, zeros where heads are gone.
-
-    For MLP channels use ``head_dim=1`` and the channel count. Raises as :func:`gather_heads`, and
-    ``ValueError`` if ``compact`` does not hold ``len(heads)`` heads.
-    """
-    source = _matrix(compact, "compact", dims=(1, 2))
-    if dim not in (0, 1) or dim >= source.dim():
-        raise ValueError(f"dim must be {'0' if source.dim() == 1 else '0 or 1'}, got {dim}")
-    ids = _ids(heads, num_heads, "heads")
-    if _pieces(source, head_dim, dim, "compact") != len(ids):
-        raise ValueError(
-            f"compact must hold {len(ids)} heads of {head_dim} in dimension {dim}, got {list(source.shape)}"
-        )
-    shape = list(source.shape)
-    shape[dim] = num_heads * head_dim
-    result = _out(out, shape, source, "out")
-    _gather([_Segment(result, source, _inverse(ids, num_heads), head_dim, dim)])
-    return result
-
-
-def unpack_qkv(packed: PackedQKV, q_rows: int, kv_rows: int) -> tuple[list[Tensor], list[Tensor] | None]:
-    """The inverse of :func:`pack_qkv`: ``[wq, wk, wv]`` and their biases (or None), zeros where heads
-    are gone.
-
-    ``q_rows`` = Hq·head_dim and ``kv_rows`` = Hkv·head_dim of the original. Raises ``ValueError`` if the row
-    map points outside them.
-    """
-    split = [q_rows, kv_rows, kv_rows]
-    row_map = packed.row_map.cpu()
-    if packed.weight.shape[0] != len(row_map):
-        raise ValueError(f"row_map must have one entry a row, {packed.weight.shape[0]}, got {len(row_map)}")
-    if len(row_map) and int(row_map.max()) >= sum(split):
-        raise ValueError(f"row_map must stay below {sum(split)} rows, got {int(row_map.max())}")
-    kept = row_map >= 0
-    inverse = torch.full((sum(split),), -1, dtype=torch.int64)
-    inverse[row_map[kept]] = torch.arange(len(row_map))[kept]
-
-    def spread(fused: Tensor) -> list[Tensor]:
-        whole = fused.new_empty((sum(split), *fused.shape[1:]))
-        _gather([_Segment(whole, fused.detach(), inverse, 1, 0)])
-        return list(whole.split(split))
-
-    return spread(packed.weight), None if packed.bias is None else spread(packed.bias)
-
-
-def serves_column_mass(q: Tensor, k: Tensor, lse: Tensor | None) -> bool:
-    """Whether :func:`column_mass` runs natively: on the CPU, up to float32, with a float32 LSE."""
-    return (
-        lse is not None
-        and lse.dtype == torch.float32
-        and q.dtype == k.dtype
-        and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and all(t.device.type == "cpu" and t.stride(-1) in (0, 1) for t in (q, k, lse))
-        and available()
-    )
-
-
-def column_mass(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    *,
-    kept_heads: HeadIds | None = None,
-    kv_head_of: HeadIds | None = None,
-    key_padding_mask: Tensor | None = None,
-    block_size: int | None = None,
-    query_positions: Tensor | None = None,
-    key_positions: Tensor | None = None,
-    scale: float | None = None,
-    sample: int | None = None,
-    offset: int | Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """How much attention each key receives, averaged over the queries that count: float32 ``[B, Hq, Lk]``.
-
-    ``q`` [B, Hq, Lq, D], ``k`` [B, Hkv, Lk, D] of one dtype, contiguous in D; ``lse`` [B, Hq, Lq], the base-2
-    log-sum-exp that attention returned (±inf: a row that saw no key). ``kept_heads``: sorted unique ids,
-    None = all; the others get zeros. ``kv_head_of``: the key/value head of each query head, ``[Hq]``. The
-    rest as in `sinkprune.ops.column_mass`. ``out`` float32 [B, Hq, at least Lk] is written and returned, zero
-    past Lk.
-
-    Scores are never in memory, whatever the lengths. Where :func:`serves_column_mass` is False, the plain
-    twin in `sinkprune.kernels.reference` does it.
-
-    Raises ``ValueError``/``TypeError`` for ranks, shapes, dtypes or ids that do not fit.
-    """
-    _check_mass_inputs(q, k, lse, sample)
-    b, hq, lq, d = q.shape
-    lk = k.shape[2]
-    heads = torch.arange(hq) if kept_heads is None else _ids(kept_heads, hq, "kept_heads")
-    if kv_head_of is None:
-        if k.shape[1] == 0 or hq % k.shape[1]:
-            raise ValueError(
-                f"without kv_head_of, Hq must be a multiple of Hkv, got Hq={hq}, Hkv={k.shape[1]}"
-            )
-        owner = torch.arange(hq) // (hq // k.shape[1])
-    else:
-        owner = torch.as_tensor(kv_head_of).to("cpu", torch.int64)
-        if owner.shape != (hq,) or (hq and not 0 <= int(owner.min()) <= int(owner.max()) < k.shape[1]):
-            raise ValueError(
-                f"kv_head_of must hold {hq} ids in 0…{k.shape[1] - 1}, got {_shown(owner.flatten())}"
-            )
-    valid = _per_sample(key_padding_mask, (b, lk), torch.bool, "key_padding_mask")
-    q_positions = _per_sample(query_positions, (b, lq), torch.int64, "query_positions")
-    k_positions = _per_sample(key_positions, (b, lk), torch.int64, "key_positions")
-    result = _mass_out(out, (b, hq, lk), q.device)
-    step = max(1, min(sample or 1, lq))
-    first = int(offset or 0) % step
-    scale = d**-0.5 if scale is None else scale
-
-    if not serves_column_mass(q, k, lse):
-        result[..., lk:].zero_()
-        result[..., :lk] = reference.column_mass(
-            q.detach(), k.detach(), lse.detach(),
-            kept_heads=heads.to(q.device), kv_head_of=owner.to(q.device),
-            scale=scale, sample=step, offset=first, key_padding_mask=valid, block_size=block_size,
-            query_positions=q_positions, key_positions=k_positions,
-        )  # fmt: skip
-        return result
-
-    query_block = key_block = None
-    if block_size is not None:
-        query_block = _blocks(q_positions, b, lq, block_size)
-        key_block = _blocks(k_positions, b, lk, block_size)
-    torch.ops.sinkprune_native.column_mass_(
-        result, q.detach(), k.detach(), lse.detach(), heads, owner[heads], valid,
-        None if q_positions is None else q_positions >= 0, query_block, key_block, scale, first, step,
-    )  # fmt: skip
-    return result
 
 
 class _Segment(NamedTuple):
@@ -469,76 +300,6 @@ def _row_map(sources: list[Tensor], ids: list[Tensor], head_dim: int, rows: int)
     return row_map
 
 
-def _inverse(ids: Tensor, size: int) -> Tensor:
-    inverse = torch.full((size,), -1, dtype=torch.int64)
-    inverse[ids] = torch.arange(len(ids))
-    return inverse
-
-
-def _check_mass_inputs(q: Tensor, k: Tensor, lse: Tensor, sample: int | None) -> None:
-    for tensor, name, rank in ((q, "q", 4), (k, "k", 4), (lse, "lse", 3)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != rank:
-            raise ValueError(f"{name} must have {rank} dimensions, got shape {list(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating-point, got {tensor.dtype}")
-    if k.dtype != q.dtype:
-        raise TypeError(f"k must have q's dtype {q.dtype}, got {k.dtype}")
-    if k.device != q.device or lse.device != q.device:
-        raise ValueError(f"q, k and lse must be on one device, got {q.device}, {k.device} and {lse.device}")
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[3] == 0:
-        raise ValueError(f"q and k must agree in B and D ≥ 1, got {list(q.shape)} and {list(k.shape)}")
-    if lse.shape != q.shape[:3]:
-        raise ValueError(f"lse must have shape {list(q.shape[:3])}, got {list(lse.shape)}")
-    if sample is not None and sample < 1:
-        raise ValueError(f"sample must be at least 1, got {sample}")
-
-
-def _per_sample(
-    tensor: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, name: str
-) -> Tensor | None:
-    """An optional ``[B, L]`` argument in the dtype the op takes."""
-    if tensor is None:
-        return None
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.is_floating_point() or (tensor.dtype == torch.bool) != (dtype == torch.bool):
-        raise TypeError(
-            f"{name} must be {'bool' if dtype == torch.bool else 'int32 or int64'}, got {tensor.dtype}"
-        )
-    return tensor.to(dtype).contiguous()
-
-
-def _blocks(positions: Tensor | None, batch: int, length: int, block_size: int) -> Tensor:
-    """The block of each position, int32 ``[B, L]``; None = 0…L-1."""
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
-    positions = torch.arange(length).expand(batch, length) if positions is None else positions
-    blocks = positions // block_size
-    if blocks.numel() and int(blocks.abs().max()) >= 2**31:
-        raise ValueError(
-            f"positions must stay below 2^31 blocks of {block_size}, got {int(positions.abs().max())}"
-        )
-    return blocks.to(torch.int32).contiguous()
-
-
-def _mass_out(out: Tensor | None, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    if out is None:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-    if out.dim() != 3 or out.shape[:2] != shape[:2] or out.shape[2] < shape[2]:
-        raise ValueError(
-            f"out must have shape {list(shape)}, or be longer in the last, got {list(out.shape)}"
-        )
-    if out.dtype != torch.float32:
-        raise TypeError(f"out must be float32, got {out.dtype}")
-    if out.device != device or (out.shape[2] > 1 and out.stride(2) != 1):
-        raise ValueError(
-            f"out must be on {device} with a contiguous last dimension, got strides {out.stride()}"
-        )
-    return out.detach()
-
-
 def _matrix(weight: Tensor, name: str, dims: tuple[int, ...] = (2,), *, written: bool = False) -> Tensor:
     """``weight`` without its graph, if it is a dense tensor: as it lies where its last dimension is
     contiguous, else (columns side by side in memory) copied, which what is ``written`` can't be."""
@@ -586,7 +347,7 @@ def _pieces(weight: Tensor, head_dim: int, dim: int, name: str) -> int:
     return weight.shape[dim] // head_dim
 
 
-def _ids(ids: HeadIds, limit: int, name: str) -> Tensor:
+def head_ids(ids: HeadIds, limit: int, name: str) -> Tensor:
     """Sorted unique ids below ``limit`` as an int64 CPU vector."""
     if isinstance(ids, Tensor):
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -602,12 +363,12 @@ def _ids(ids: HeadIds, limit: int, name: str) -> Tensor:
     if kept.dim() != 1 or len(kept) == 0:
         raise ValueError(f"{name} must be a non-empty list of ids, got shape {list(kept.shape)}")
     if int(kept.min()) < 0 or int(kept.max()) >= limit:
-        raise ValueError(f"{name} must hold ids in 0…{limit - 1}, got {_shown(kept)}")
+        raise ValueError(f"{name} must hold ids in 0…{limit - 1}, got {shown(kept)}")
     if not bool((kept[1:] > kept[:-1]).all()):
-        raise ValueError(f"{name} must be sorted and unique, got {_shown(kept)}")
+        raise ValueError(f"{name} must be sorted and unique, got {shown(kept)}")
     return kept.contiguous()
 
 
-def _shown(ids: Tensor) -> str:
+def shown(ids: Tensor) -> str:
     listed = ids[:8].tolist()
     return f"{listed}" if len(ids) <= 8 else f"{listed[:-1]}… ({len(ids)} ids)"

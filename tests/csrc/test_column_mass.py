@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sinkprune.kernels import reference
-from sinkprune.ops import native
+from sinkprune.ops import native, native_mass
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no extension: {native.why_not()}")
 
@@ -48,7 +48,7 @@ def assert_as_good_as_torch(got: Tensor, q: Tensor, k: Tensor, lse: Tensor, **ar
 def test_matches_the_reference_at_odd_sizes(lq: int, lk: int, d: int) -> None:
     q, k = inputs(2, 3, 3, lq, lk, d)
     lse = lse_of(q, k)
-    got = native.column_mass(q, k, lse)
+    got = native_mass.column_mass(q, k, lse)
     assert_as_good_as_torch(got, q, k, lse)
     assert got.sum(-1).sub(1).abs().max() < 1e-5
 
@@ -77,7 +77,7 @@ def test_matches_the_reference_with_every_option(case: str) -> None:
         seen["key_positions"] = torch.stack([torch.randperm(lk, generator=g) for _ in range(b)])
     sampled = {"sample": 7, "offset": 3} if case in ("sampled", "all") else {}
     lse = lse_of(q, k, kv_head_of=rest.get("kv_head_of"), **seen)
-    got = native.column_mass(q, k, lse, **rest, **seen, **sampled)
+    got = native_mass.column_mass(q, k, lse, **rest, **seen, **sampled)
     assert_as_good_as_torch(got, q, k, lse, **rest, **seen, **sampled)
 
 
@@ -86,22 +86,24 @@ def test_half_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None
     q, k = inputs(1, 2, 2, 70, 90, 48, dtype)
     q[0, 0, 0, 0] = 6e-8  # a float16 subnormal
     lse = lse_of(q, k)
-    assert_as_good_as_torch(native.column_mass(q, k, lse), q, k, lse)
+    assert_as_good_as_torch(native_mass.column_mass(q, k, lse), q, k, lse)
 
 
 def test_any_stride_with_a_contiguous_last_dimension() -> None:
     qkv = torch.randn(2, 50, 3, 4, 40)  # [B, L, 3, H, D], as a fused projection gives
     q, k, _ = (t.transpose(1, 2) for t in qkv[..., :32].unbind(2))
     lse = lse_of(q, k)
-    assert torch.equal(native.column_mass(q, k, lse), native.column_mass(q.contiguous(), k.contiguous(), lse))
+    assert torch.equal(
+        native_mass.column_mass(q, k, lse), native_mass.column_mass(q.contiguous(), k.contiguous(), lse)
+    )
 
 
 def test_writes_into_a_longer_buffer_and_clears_the_rest() -> None:
     q, k = inputs(1, 4, 4, 33, 40, 16)
     lse = lse_of(q, k)
     out = torch.full((1, 4, 64), math.nan)
-    assert native.column_mass(q, k, lse, kept_heads=[1, 3], out=out) is not None
-    assert torch.equal(out[..., :40], native.column_mass(q, k, lse, kept_heads=[1, 3]))
+    assert native_mass.column_mass(q, k, lse, kept_heads=[1, 3], out=out) is not None
+    assert torch.equal(out[..., :40], native_mass.column_mass(q, k, lse, kept_heads=[1, 3]))
     assert not out[..., 40:].any()
     assert not out[:, [0, 2]].any()
 
@@ -109,12 +111,12 @@ def test_writes_into_a_longer_buffer_and_clears_the_rest() -> None:
 def test_rows_that_saw_no_key_are_not_counted_even_when_they_hold_nan() -> None:
     q, k = inputs(1, 1, 1, 20, 30, 8)
     lse = lse_of(q, k)
-    few = native.column_mass(q[:, :, 5:], k, lse[:, :, 5:])
+    few = native_mass.column_mass(q[:, :, 5:], k, lse[:, :, 5:])
     q[:, :, :5] = math.nan
     lse[:, :, :3], lse[:, :, 3:5] = math.inf, -math.inf
-    assert torch.equal(native.column_mass(q, k, lse), few)
+    assert torch.equal(native_mass.column_mass(q, k, lse), few)
     lse[:] = math.inf
-    assert not native.column_mass(q, k, lse).any()
+    assert not native_mass.column_mass(q, k, lse).any()
 
 
 def test_padded_keys_may_hold_anything_and_nan_elsewhere_shows() -> None:
@@ -122,11 +124,11 @@ def test_padded_keys_may_hold_anything_and_nan_elsewhere_shows() -> None:
     mask = torch.ones(1, 30, dtype=torch.bool)
     mask[:, 11] = False
     lse = lse_of(q, k, key_padding_mask=mask)
-    clean = native.column_mass(q, k, lse, key_padding_mask=mask)
+    clean = native_mass.column_mass(q, k, lse, key_padding_mask=mask)
     k[:, :, 11] = math.nan
-    assert torch.equal(native.column_mass(q, k, lse, key_padding_mask=mask), clean)
+    assert torch.equal(native_mass.column_mass(q, k, lse, key_padding_mask=mask), clean)
     k[:, :, 12] = math.nan
-    assert native.column_mass(q, k, lse, key_padding_mask=mask)[0, 0, 12].isnan()
+    assert native_mass.column_mass(q, k, lse, key_padding_mask=mask)[0, 0, 12].isnan()
 
 
 def test_the_same_bits_whatever_the_number_of_threads() -> None:
@@ -137,7 +139,7 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(native.column_mass(q, k, lse))
+            results.append(native_mass.column_mass(q, k, lse))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
@@ -148,8 +150,13 @@ def test_extreme_scores_neither_overflow_nor_turn_negative() -> None:
     q = torch.full((1, 1, 4, 1), 300.0)
     k = torch.tensor([-300.0, 0.0, 299.0, 300.0]).reshape(1, 1, 4, 1)
     lse = lse_of(q, k)
-    assert native.column_mass(q, k, lse).flatten().tolist() == [0.0, 0.0, 0.0, pytest.approx(1, abs=5e-3)]
-    wrong = native.column_mass(q, k, torch.full((1, 1, 4), -1e30))
+    assert native_mass.column_mass(q, k, lse).flatten().tolist() == [
+        0.0,
+        0.0,
+        0.0,
+        pytest.approx(1, abs=5e-3),
+    ]
+    wrong = native_mass.column_mass(q, k, torch.full((1, 1, 4), -1e30))
     assert (wrong[0, 0, 1:] == math.inf).all()
 
 
@@ -157,7 +164,7 @@ def test_extreme_scores_neither_overflow_nor_turn_negative() -> None:
 def test_narrower_vectors_agree(isa: str) -> None:
     """The paths of other CPUs, in a process of their own because the choice is made once."""
     code = (
-        "import sys, torch; from sinkprune.ops import native; from tests_column_mass import *\n"
+        "import sys, torch; from sinkprune.ops import native, native_mass; from tests_column_mass import *\n"
         "assert native.build_info()['vectors'] in (sys.argv[1], 'generic')\n"
         "test_matches_the_reference_at_odd_sizes(63, 111, 60)\n"
         "test_matches_the_reference_with_every_option('all')\n"
@@ -194,7 +201,7 @@ def test_bad_arguments_raise_and_name_what_was_expected(change: dict, error: str
     q, k = inputs(1, 4, 4, 10, 10, 8)
     arguments = {"q": q, "k": k, "lse": lse_of(q, k), **change}
     with pytest.raises((ValueError, TypeError), match=error):
-        native.column_mass(arguments.pop("q"), arguments.pop("k"), arguments.pop("lse"), **arguments)
+        native_mass.column_mass(arguments.pop("q"), arguments.pop("k"), arguments.pop("lse"), **arguments)
 
 
 @pytest.mark.skipif(
@@ -203,16 +210,16 @@ def test_bad_arguments_raise_and_name_what_was_expected(change: dict, error: str
 def test_memory_stays_far_below_the_scores() -> None:
     """At most an eighth of the score matrix, in a process of its own: here a few per cent of it."""
     code = (
-        "import torch\nfrom sinkprune.ops import native\n"
+        "import torch\nfrom sinkprune.ops import native, native_mass\n"
         "def held(field):\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))\n"
         "q, k = torch.randn(2, 1, 8, 1024, 64)\n"
         "lse, out = torch.full((1, 8, 1024), 12.0), torch.zeros(1, 8, 1024)\n"
-        "native.column_mass(q[:, :, :32], k[:, :, :32], lse[:, :, :32])\n"
+        "native_mass.column_mass(q[:, :, :32], k[:, :, :32], lse[:, :, :32])\n"
         "open('/proc/self/clear_refs', 'w').write('5')\n"
         "before = held('VmRSS')\n"
-        "native.column_mass(q, k, lse, out=out)\n"
+        "native_mass.column_mass(q, k, lse, out=out)\n"
         "print(held('VmHWM') - before)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

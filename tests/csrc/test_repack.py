@@ -107,18 +107,6 @@ def test_pack_qkv_stacks_the_kept_heads_and_says_where_each_row_came_from(
         assert not bits(packed.bias[used:]).any()
 
 
-def test_a_fused_projection_packs_to_the_same_matrix(path: str) -> None:
-    w, b = layer(torch.float16, bias=True)
-    apart = native.pack_qkv(*w, *b, [1, 4], [0, 1], 4, 8)
-    fused = native.pack_fused_qkv(
-        torch.cat([bits(m) for m in w]).view(torch.float16),
-        torch.cat([bits(m) for m in b]).view(torch.float16),
-        6, 3, [1, 4], [0, 1], 4, 8,
-    )  # fmt: skip
-    for got, expected in zip(fused, apart, strict=True):
-        assert_same_bits(got, expected)
-
-
 @pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
 def test_pack_mlp_keeps_channels_of_all_its_matrices(path: str, gated: bool) -> None:
     gate, up = (random_bits(30, 12, dtype=torch.bfloat16, seed=i) for i in range(2))
@@ -132,32 +120,18 @@ def test_pack_mlp_keeps_channels_of_all_its_matrices(path: str, gated: bool) -> 
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_unpack_undoes_gather_and_leaves_zeros(path: str, dim: int) -> None:
+def test_a_piece_that_no_id_names_becomes_zeros(path: str, dim: int) -> None:
+    """-1 among the ids, which the wrappers never send: heads spread out, nothing where some are gone."""
     weight = random_bits(24, 24, dtype=torch.float16)
     heads = [1, 2, 5]
-    compact = native.gather_heads(weight, heads, 4, dim)
-    whole = native.unpack(compact, heads, 4, dim, 6)
+    rows = rows_of(heads, 4)
+    compact = by_bits(weight, dim, rows)
+    whole = torch.full((24, 24), 7.0, dtype=torch.float16)
+    native._gather([native._Segment(whole, compact, torch.tensor([-1, 0, 1, -1, -1, 2]), 4, dim)])
     kept = torch.zeros(24, dtype=torch.bool)
-    kept[rows_of(heads, 4)] = True
+    kept[rows] = True
     expected = torch.where(kept[:, None] if dim == 0 else kept, weight.view(torch.int16), 0)
     assert_same_bits(whole, expected.view(torch.float16))
-    assert_same_bits(native.gather_heads(whole, heads, 4, dim), compact)
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_unpack_qkv_undoes_pack_qkv(path: str, bias: bool) -> None:
-    w, b = layer(torch.float32, bias=bias)
-    packed = native.pack_qkv(*w, *b, [0, 2], [1], 4, 16)
-    weights, biases = native.unpack_qkv(packed, 24, 12)
-    for whole, original, heads in zip(weights, w, ([0, 2], [1], [1]), strict=True):
-        assert_same_bits(
-            whole, native.unpack(native.gather_heads(original, heads, 4, 0), heads, 4, 0, len(original) // 4)
-        )
-    assert (biases is not None) == bias
-    if biases is not None:
-        again = native.pack_qkv(*weights, *biases, [0, 2], [1], 4, 16)
-        assert_same_bits(again.weight, packed.weight)
-        assert_same_bits(again.bias, packed.bias)
 
 
 def test_row_strides_are_followed_and_the_rest_of_the_buffer_is_left_alone(path: str) -> None:
@@ -233,7 +207,6 @@ def weight(*shape: int) -> Tensor:
         (lambda: native.gather_heads(weight(), [0], 4, 0, out=weight(3, 10)), ValueError, r"shape \[4, 10\]"),
         (lambda: native.gather_heads(weight(), [0], 4, 0, out=weight(4, 10).half()), TypeError, "dtype"),
         (lambda: native.gather_heads(torch.zeros(4, 4).to_sparse(), [0], 4, 0), ValueError, "dense"),
-        (lambda: native.unpack(weight(8, 10), [0], 4, 0, 6), ValueError, "hold 1 heads of 4"),
         (lambda: native.pack_o(weight(10), [0], 5), ValueError, "wo must have 2 dimensions"),
         (lambda: native.pack_mlp(weight(6, 4), weight(6, 4), weight(4, 5), [0]), ValueError, "down"),
         (lambda: native.pack_mlp(weight(5, 4), weight(6, 4), weight(4, 6), [0]), ValueError, "gate"),
