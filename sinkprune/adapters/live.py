@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -195,6 +195,7 @@ class LiveAdapter(InPlaceAdapter):
         with torch.device("meta"):
             native = NATIVE[kind](values if native_kind(values) == kind else {**values, "model_type": kind})
         plan, compact = plan_of(self.model), self.form == "compact"
+        self._require_known(native.state_dict().keys())
         if compact and plan is not None:
             lay_out(native, plan)
         tensors = {k: v for k, v in self.model.state_dict().items() if k in native.state_dict()}
@@ -215,6 +216,22 @@ class LiveAdapter(InPlaceAdapter):
         native.load_state_dict(tensors, assign=True)
         mark(native, plan, self.form)
         return native
+
+    def _require_known(self, names: Collection[str]) -> None:
+        """Raise ``ValueError`` for a parameter that a native model with tensors of these ``names`` lacks: not
+        a head that is the embedding, nor a bias that a repair added."""
+        tensors = self.model.state_dict()
+        layers = range(self.geometry().num_layers if self.form == "compact" else 0)
+        packed = {id(p) for i in layers for module in self.linears(i).values() for p in module.parameters()}
+        for name, parameter in self.model.named_parameters():
+            if name in names or id(parameter) in packed:
+                continue
+            alike = (t for k, t in tensors.items() if k in names and t.shape == parameter.shape)
+            if not any(torch.equal(tensor, parameter) for tensor in alike):
+                raise ValueError(
+                    f"{name} is not among the tensors of the model's config, and would be lost (a head of "
+                    "its own under tie_word_embeddings?)"
+                )
 
     def _packed_as(self, laid_out: SinkPrunedAttention | CompactMLP, layer: int) -> nn.Module:
         """The native compact module of this compact layer's tensors."""

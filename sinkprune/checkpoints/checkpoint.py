@@ -151,9 +151,9 @@ def save(
     model = as_native(model)
     config = describe_model(model)
     require_place(folder, overwrite)
-    _require_readable(model, config)
+    tied = _require_readable(model, config)
     with whole_folder(folder, _require_ours if overwrite else None) as part:
-        write_shards(model, part, shard_bytes)
+        write_shards(model, part, shard_bytes, tied)
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         side_files.copy(model, part, config, tokenizer=tokenizer is None, missing_ok=True)
         if tokenizer is not None:
@@ -176,9 +176,9 @@ def save(
     return folder
 
 
-def _require_readable(model: nn.Module, config: dict[str, Any]) -> None:
+def _require_readable(model: nn.Module, config: dict[str, Any]) -> list[list[str]]:
     """Raise ``ValueError`` unless the model that ``load`` would lay out has tensors of the same names and
-    shapes."""
+    shapes; the names of those that are one tensor in it."""
     again, plan = lay_out_folder(Path(), config), plan_of(model)
     if plan is not None and adapter_for(model).form == "compact":
         lay_out(again, plan)
@@ -189,6 +189,7 @@ def _require_readable(model: nn.Module, config: dict[str, Any]) -> None:
                 f"load could not read this model back: {name} has shape {here.get(name)}, "
                 f"and {there.get(name)} by its config and plan"
             )
+    return _tied(again)
 
 
 def require_place(folder: Path, overwrite: bool) -> None:
@@ -297,9 +298,10 @@ def recognised(model: nn.Module) -> Adapter | None:
 
 def as_native(model: nn.Module) -> nn.Module:
     """A native model over the tensors of a live upstream object; any other model as it is. What writes models
-    begins here: raises ``ValueError`` for a layer that computes more than its weight says, and for weights
-    that are not there."""
+    begins here: raises ``ValueError`` for a layer that computes more than its weight says, for weights that
+    are not there, and for those that its config says are others."""
     require_loaded(model)
+    _require_tied(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             raise ValueError(
@@ -370,10 +372,40 @@ def _tied(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def write_shards(model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:
-    """Write the model's tensors as safetensors, with an index where there are several files; their names."""
-    again = {name for names in _tied(model) for name in names[1:]}
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in again}
+def _require_tied(model: nn.Module) -> None:
+    """Raise ``ValueError`` where a transformers model's config ties tensors that differ: of a head that was
+    exchanged for one of its own, nothing would be read back."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    apart: dict[str, str] = {}
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        here, there = tensors.get(name), tensors.get(source)
+        if here is not None and there is not None and here is not there and not torch.equal(here, there):
+            apart[name] = source
+    for names in _tied(lay_out_folder(Path(), describe_model(model))) if apart else ():
+        for name in {*names} & {*apart}:
+            raise ValueError(
+                f"{name} is not {apart[name]}, and the model's config ties them, so that it would be lost: "
+                "set config.tie_word_embeddings = False"
+            )
+
+
+def write_shards(
+    model: nn.Module,
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    tied: list[list[str]] | None = None,
+) -> list[str]:
+    """Write the model's tensors as safetensors, with an index where there are several files; their names.
+
+    ``tied``: names of one tensor, which is written once; None = as the model has it.
+    """
+    again = {name for names in (_tied(model) if tied is None else tied) for name in names[1:]}
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name not in again:
+            tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            seen.add(tensor.data_ptr())
     return write_tensors(tensors, folder, shard_bytes)
 
 

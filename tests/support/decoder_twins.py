@@ -114,6 +114,8 @@ def _tree_twin(name, attention, model, seed, changes):
     twin, tensors = model(config, layers, "embed_tokens"), tree_tensors(family, values, seed)
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     twin.load_state_dict(tensors)
+    if config.tie_word_embeddings:
+        twin.lm_head.weight = twin.model.embed_tokens.weight
     return twin.eval()
 
 
