@@ -159,6 +159,9 @@ def masked_column_mass(call: AttentionCall, query_positions: Tensor | None, samp
     return mass
 
 
+_OBSERVING = threading.Lock()  # held while a model is asked whether it is tracked, and then is
+
+
 @contextmanager
 def track(
     model: nn.Module,
@@ -196,8 +199,6 @@ def track(
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
     adapter = adapter_for(model)
-    if adapter.observed():
-        raise RuntimeError("the model is being tracked already; nested tracks are not supported")
     tracker = ModelTracker(
         adapter, samples, every, max_keys, {"gate": gate, "trace": trace, "max_steps": max_steps}
     )
@@ -211,10 +212,14 @@ def track(
         if not this_thread or threading.get_ident() == thread:
             tracker.end_step()
 
+    with _OBSERVING:
+        if adapter.observed():
+            raise RuntimeError("the model is being tracked already; nested tracks are not supported")
+        adapter.observe(observe)
     hook = adapter.step_module.register_forward_hook(end_step)
-    adapter.observe(observe)
     try:
         yield tracker
     finally:
-        adapter.observe(None)
+        with _OBSERVING:
+            adapter.observe(None)
         hook.remove()

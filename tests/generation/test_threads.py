@@ -199,6 +199,34 @@ def test_a_profile_counts_its_own_forwards_only(make):
     assert beside == [alone.summary()] * 10
 
 
+@pytest.mark.parametrize(
+    "make", [toy, llada_twin, lambda: eager("modernbert")], ids=["native", "live", "ours"]
+)
+def test_of_two_threads_that_profile_a_model_at_once_one_is_refused(make):
+    model, settings = make(), {"steps": 2, "gen_length": 2}
+    prompts = [torch.arange(2, 8)[None], torch.arange(9, 14)[None]]
+    alone = [sp.profile(model, ids, **settings).summary() for ids in prompts]
+    start = threading.Barrier(2)
+
+    def work(which: int) -> set[str]:
+        seen = set()
+        start.wait()
+        for _ in range(40):
+            try:
+                same = sp.profile(model, prompts[which], **settings).summary() == alone[which]
+                seen.add("same" if same else "another")
+            except RuntimeError as refused:
+                seen.add(str(refused))
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        seen = set.union(*pool.map(work, (0, 1)))
+    assert "same" in seen and seen <= {
+        "same", "the model is being tracked already; nested tracks are not supported"
+    }  # fmt: skip
+    assert not sp.adapter_for(model).observed()
+
+
 def test_two_loads_of_transformers_checkpoints_at_once_leave_modules_as_they_were(tmp_path):
     model = build("qwen3")
     plan = manual_plan(model, [[0, 1]] * sp.adapter_for(model).geometry().num_layers)
