@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sinkprune.adapters import adapter_for
 from sinkprune.checkpoints import gguf_writing, own_family, ragged, side_files
 from sinkprune.checkpoints.checkpoint import as_native, describe_model, hashes_of, write_shards, write_tensors
+from sinkprune.checkpoints.layout import lay_out_config
 from sinkprune.checkpoints.rebuilding import MANIFEST
-from sinkprune.checkpoints.trees import trim
+from sinkprune.checkpoints.trees import Trimmed, trim
 from sinkprune.files import whole_file, whole_folder
 from sinkprune.models.marks import plan_of
 from sinkprune.targets import TARGETS, Target
@@ -91,16 +92,29 @@ def folder_content(
                 raise
             refusal = error
     try:
-        trimmed = trim(model)
+        trimmed = _trimmed(model)
     except TypeError as error:  # no description of its tree: then the family's own config had to say it
         raise refusal or error from error
     return ragged.ragged_tensors(trimmed), ragged.ragged_config(trimmed), True
 
 
+def _trimmed(model: nn.Module) -> Trimmed:
+    """``trim`` of a model whose layers are those of its config, which goes along so that it is read back."""
+    with suppress(TypeError):  # such a file is not read back
+        config = describe_model(model)
+        said, here = adapter_for(lay_out_config(config)).geometry(), adapter_for(model).geometry()
+        if not said.agrees(here):
+            raise ValueError(
+                f"by the model's config its layers have {said.heads} heads and {said.channels} channels, and "
+                f"they have {here.heads} and {here.channels}: what was exported could not be read back"
+            )
+    return trim(model)
+
+
 def _write_gguf(model: nn.Module, out: Path, dtype: str | None, tokenizer: Any) -> Path:
     with suppress(TypeError):  # a live object of a family that has no native model is written as it is
         model = as_native(model)
-    trimmed = trim(model)
+    trimmed = _trimmed(model)
     if dtype is None:
         dtype = _DTYPES.get(next(iter(trimmed.tensors.values())).dtype, "f32")
     notes = {"version": __version__, "family": trimmed.family, "source": side_files.name_of(model)}

@@ -99,6 +99,23 @@ def test_what_no_config_says_is_not_saved(make, tmp_path):
         assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("name", ["native LLaDA", "native SDAR", "live Dream", "Qwen3"])
+def test_what_could_not_be_read_back_is_not_exported(name, tmp_path):
+    """Where layers come out alike a config can say them, whatever they were; else the dense one is needed."""
+    model, ids = FAMILIES[name](), tokens(2, 8)
+    narrowed(model)
+    sp.apply(model, manual_plan(model, [[0, 1]] * 3, [[0, 1, 2]] * 3))
+    with pytest.raises(ValueError, match=r"by the model's config|channels .* in the plan and \(40, 40"):
+        sp.export(model, tmp_path / "m.gguf", to="gguf")
+    if name in ("native SDAR", "Qwen3"):
+        back, _ = sp.load(sp.export(model, tmp_path / "m"))
+        torch.testing.assert_close(sp.adapter_for(back).predict(ids), logits(model), atol=2e-5, rtol=1e-4)
+    else:
+        with pytest.raises(ValueError, match=r"by the model's config|channels .* in the plan and \(40, 40"):
+            sp.export(model, tmp_path / "m")
+    assert {path.name for path in tmp_path.iterdir()} <= {"m"}
+
+
 def of_several_configs():
     """A Qwen3 whose layers have 4 query heads on 2, 2 on 1 and 4 on 4."""
     model = build("qwen3, bidirectional")
