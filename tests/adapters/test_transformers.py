@@ -181,6 +181,21 @@ def test_the_users_own_attention_comes_back_after_tracking_also_on_an_exception(
         pass
 
 
+@pytest.mark.parametrize("family", ["qwen3", "bert", "modernbert"])
+def test_heads_stay_skipped_when_the_user_chooses_another_attention_and_in_copies(family):
+    model = build(family)
+    dense, plan = valid_logits(model), manual_plan(model, UNEVEN)
+    expected = valid_logits(zeroed_by_hand(model, UNEVEN))
+    sp.apply(model, plan, mode="mask")
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        twin = copy.deepcopy(model)
+        for one in (model, twin):
+            torch.testing.assert_close(valid_logits(one), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(valid_logits(sp.restore(twin)), dense, atol=1e-5, rtol=0)
+        assert twin.config._attn_implementation == implementation and not runs_ours(twin)
+
+
 @every_padding
 @pytest.mark.parametrize("implementation", ["eager", "flash_attention_2"])
 @every_family
