@@ -173,13 +173,17 @@ class NativeLM(nn.Module):
         if positions is not None:
             cos, sin = self.config.table(positions)
             return (cos, sin) if positions.dim() == 1 else (cos.unsqueeze(1), sin.unsqueeze(1))
-        if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:
-            self._rotary = self.config.table(torch.arange(length, device=device))
-        cos, sin = self._rotary
+        table = self._rotary  # looked at once: another thread may put a shorter one there
+        if table is None or table[0].shape[0] < length or table[0].device != device:
+            table = self._rotary = self.config.table(torch.arange(length, device=device))
+        cos, sin = table
         return cos[:length], sin[:length]
 
     def check_ids(self, input_ids: Tensor) -> None:
-        """Raise ``ValueError`` for what is not ``[B, L]``, L from 1 to the context."""
+        """Raise ``ValueError`` for what is not ``[B, L]``, L from 1 to the context, and for weights that are
+        not there."""
+        if self.device.type == "meta" and not input_ids.is_meta:
+            raise ValueError("the model's weights are not there (on meta, or offloaded): load them first")
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids must have shape [B, L] with L >= 1, got {tuple(input_ids.shape)}")
         if input_ids.shape[1] > self.config.context:

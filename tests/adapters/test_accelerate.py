@@ -93,3 +93,17 @@ def test_offloaded_weights_are_asked_for_by_one_line_and_come_back_as_it_says(ma
     hooks.remove_hook_from_module(model, recurse=True)
     assert_same_tensors(model.state_dict(), before)
     sp.apply(model, plan)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_an_offloaded_model_writes_what_it_did_or_says_why_not(make, tmp_path):
+    """Native layers read their weights themselves, which hooks on modules don't bring back."""
+    model, ids, sizes = make(), tokens(2, 6), {"gen_length": 2, "steps": 2}
+    *_, expected = sp.denoise(model, ids, **sizes)
+    accelerate.disk_offload(model, str(tmp_path / "weights"))
+    if make is toy:
+        with pytest.raises(ValueError, match=r"the model's weights are not there \(on meta, or offloaded\)"):
+            list(sp.denoise(model, ids, **sizes))
+    else:
+        *_, got = sp.denoise(model, ids, **sizes)
+        assert torch.equal(got, expected)

@@ -227,6 +227,26 @@ def test_of_two_threads_that_profile_a_model_at_once_one_is_refused(make):
     assert not sp.adapter_for(model).observed()
 
 
+def test_a_thread_with_a_short_sequence_does_not_take_the_table_of_a_long_one():
+    """Its own table takes the place of the long one's as soon as that is there."""
+    model, long = toy(), tokens(1, 40)
+    with torch.no_grad():
+        expected = model(long).logits
+
+    class Overtaken(type(model)):
+        @property
+        def _rotary(self):
+            return self.__dict__.get("short")
+
+        @_rotary.setter
+        def _rotary(self, table):
+            self.__dict__["short"] = tuple(part[:1] for part in table)
+
+    model.__class__ = Overtaken
+    with torch.no_grad():
+        assert torch.equal(model(long).logits, expected)
+
+
 def test_two_loads_of_transformers_checkpoints_at_once_leave_modules_as_they_were(tmp_path):
     model = build("qwen3")
     plan = manual_plan(model, [[0, 1]] * sp.adapter_for(model).geometry().num_layers)
