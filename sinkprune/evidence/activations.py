@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sinkprune import ops
 from sinkprune.adapters import Adapter
 from sinkprune.evidence.calibration import Calibration
+from sinkprune.evidence.own_thread import own_thread
 from sinkprune.evidence.sink_mask import SinkMask
 from sinkprune.evidence.sinks import SinkGate
 from sinkprune.evidence.tracking import masked_column_mass
@@ -86,7 +87,7 @@ def gather(adapter: Adapter, calibration: Calibration, *, batch: int = 16) -> li
     try:
         for layer in layers:
             layer.listen(hooks)
-        adapter.observe(lambda layer, call: layers[layer].attention(call))
+        adapter.observe(own_thread(lambda layer, call: layers[layer].attention(call)))
         with torch.no_grad():
             for part in calibration.batches(batch):
                 valid = None if part.valid is None else part.valid.to(device)
@@ -117,18 +118,20 @@ class _Layer:
         first, value = linears["qkv" if fused else "q"], linears["qkv" if fused else "v"]
         value = linears["k"] if value is None else value  # full attention of DiffusionGemma
         hooks += [
-            first.register_forward_pre_hook(partial(self._input, "attention")),
-            value.register_forward_hook(self._value),
-            linears["o"].register_forward_pre_hook(self._heads),
-            linears["o"].register_forward_hook(self._attended),
-            self.adapter.blocks()[self.layer].register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.adapter.blocks()[self.layer].register_forward_hook(self._stream),
+            first.register_forward_pre_hook(own_thread(partial(self._input, "attention"))),
+            value.register_forward_hook(own_thread(self._value)),
+            linears["o"].register_forward_pre_hook(own_thread(self._heads)),
+            linears["o"].register_forward_hook(own_thread(self._attended)),
+            self.adapter.blocks()[self.layer].register_forward_pre_hook(
+                own_thread(self._enter), with_kwargs=True
+            ),
+            self.adapter.blocks()[self.layer].register_forward_hook(own_thread(self._stream)),
         ]
         if "down" in linears:
             entry = linears["gate_up"] if "gate_up" in linears else linears["up"]
             hooks += [
-                entry.register_forward_pre_hook(partial(self._input, "mlp")),
-                linears["down"].register_forward_pre_hook(self._channels),
+                entry.register_forward_pre_hook(own_thread(partial(self._input, "mlp"))),
+                linears["down"].register_forward_pre_hook(own_thread(self._channels)),
             ]
 
     def attention(self, call: AttentionCall) -> None:

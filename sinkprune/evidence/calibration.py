@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
+from sinkprune.evidence.own_thread import own_thread
 
 LEVELS = (0.15, 0.5, 0.85)
 
@@ -173,7 +174,7 @@ class BlockStream:
             look(args[0])
             raise _Reached
 
-        hook = until.register_forward_pre_hook(stop)
+        hook = until.register_forward_pre_hook(own_thread(stop))
         try:
             for batch in self._batches:
                 with suppress(_Reached):
@@ -220,7 +221,9 @@ class BlockStream:
                 first.append(hidden)
             arguments.append((args[1:], keywords))
 
-        hooks = [block.register_forward_pre_hook(look, with_kwargs=True) for block in self._blocks]
+        hooks = [
+            block.register_forward_pre_hook(own_thread(look), with_kwargs=True) for block in self._blocks
+        ]
         try:
             with torch.no_grad():
                 valid = None if part.valid is None else part.valid.to(device)

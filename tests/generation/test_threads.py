@@ -227,6 +227,34 @@ def test_of_two_threads_that_profile_a_model_at_once_one_is_refused(make):
     assert not sp.adapter_for(model).observed()
 
 
+@pytest.mark.parametrize(
+    "make", [toy, dream_twin, lambda: eager("modernbert")], ids=["native", "live", "ours"]
+)
+@pytest.mark.parametrize("criterion", ["reconstruction", "taylor"])
+def test_a_plan_reads_its_own_rows_while_another_thread_writes(make, criterion):
+    model, sizes = make(), {"gen_length": 4, "steps": 1}
+    rows = sp.calibrate(model, tokens(200), length=12, sequences=4)
+    settings = {"criterion": criterion, "ratio": 0.4, "calibration": rows}
+    alone = sp.plan(model, **settings)
+    text = sp.generate(model, WordTokenizer(), ["w4 w5 w6", "w7"], **sizes)
+    stop = threading.Event()
+
+    def write() -> set[bool]:
+        same = set()
+        while not stop.is_set():
+            same.add(sp.generate(model, WordTokenizer(), ["w4 w5 w6", "w7"], **sizes) == text)
+        return same
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(write)
+        try:
+            beside = [sp.plan(model, **settings) for _ in range(5)]
+        finally:
+            stop.set()
+        assert done.result() == {True}
+    assert [plan.layers for plan in beside] == [alone.layers] * 5
+
+
 def test_a_thread_with_a_short_sequence_does_not_take_the_table_of_a_long_one():
     """Its own table takes the place of the long one's as soon as that is there."""
     model, long = toy(), tokens(1, 40)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter
 from sinkprune.evidence.evidence import Evidence
+from sinkprune.evidence.own_thread import own_thread
 from sinkprune.planning.criteria.base import HeadCriterion, head_scores, register_criterion
 
 
@@ -37,9 +39,7 @@ class Taylor(HeadCriterion):
 
         sums = [torch.zeros(heads, dtype=torch.float64) for heads in geometry.heads]
         hooks = [
-            adapter.linears(layer)["o"].register_forward_pre_hook(
-                lambda module, args, layer=layer: watch(layer, module, args)
-            )
+            adapter.linears(layer)["o"].register_forward_pre_hook(own_thread(partial(watch, layer)))
             for layer in range(geometry.num_layers)
         ]
         try:
