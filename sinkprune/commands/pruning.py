@@ -174,7 +174,8 @@ def _add_apply(commands: arguments.Commands) -> None:
     sub.add_argument("--mode", default="compact", help="compact or mask (default: %(default)s)")
     sub.add_argument(
         "--repair",
-        help="least_squares (default for compact), least_squares_bias, bias or none (default for mask)",
+        help="least_squares (default for compact), least_squares_cv, least_squares_bias, bias or "
+        "none (default for mask)",
     )
     arguments.add_calibration_flags(sub)
     sub.add_argument("--low-memory", action="store_true", help="layer by layer; can't be rolled back")

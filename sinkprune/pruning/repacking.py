@@ -14,7 +14,7 @@ from sinkprune.models.marks import mark
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention, trains_as
 from sinkprune.ops import native
 from sinkprune.plans import Geometry, LayerPlan, PrunePlan
-from sinkprune.pruning.repair import add_biases, repaired
+from sinkprune.pruning.repair import UNBIASED, add_biases, repaired
 
 
 @torch.inference_mode(False)  # else the new weights could never train
@@ -37,7 +37,9 @@ def apply(
         calibration: rows of ``sp.calibrate`` to repair the kept projections on; None leaves their weights as
             they are.
         repair: with ``calibration``: ``"least_squares"`` refits output and down projections to the dense
-            layers' outputs, and their biases where they have some; ``"least_squares_bias"`` also gives
+            layers' outputs, and their biases where they have some; ``"least_squares_cv"`` does so as far as
+            it helps on rows that a fit has not seen, at three times the cost, which pays where calibration
+            tokens are few for the columns; ``"least_squares_bias"`` also gives
             biases to those that have none, which most engines can't load; ``"bias"`` only gives back, as
             biases, the means of what was removed; None does nothing.
         low_memory: replace layer by layer, so that the peak is one layer's projections more than the model. A
@@ -73,7 +75,7 @@ def apply(
             install_compact(model, plan, low_memory=low_memory)
         rows, length = calibration.ids.shape
         noted = {
-            "repair": {"method": repair, "rows": rows, "length": length, "biases": repair != "least_squares"}
+            "repair": {"method": repair, "rows": rows, "length": length, "biases": repair not in UNBIASED}
         }
         plan = replace(plan, details=plan.details | noted)
     mark(model, plan, mode)

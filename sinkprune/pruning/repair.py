@@ -20,8 +20,10 @@ from sinkprune.pruning.expert_repair import refit_experts
 if TYPE_CHECKING:
     from sinkprune.plans import PrunePlan
 
-REPAIRS = ("least_squares", "least_squares_bias", "bias")
+REPAIRS = ("least_squares", "least_squares_cv", "least_squares_bias", "bias")
+UNBIASED = ("least_squares", "least_squares_cv")
 RIDGE = 1e-2  # of the mean square of the inputs, pulling towards the weights as they are
+RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # that cross-validation tries
 
 
 @contextmanager
@@ -53,8 +55,10 @@ def repaired(
         adapter: of a dense model.
         plan: what will be kept.
         calibration: rows to fit on; fewer tokens than kept columns rely on the ridge, and are warned of.
-        method: ``"least_squares"``, which adds no biases; ``"least_squares_bias"``, which gives every
-            refitted projection one; or ``"bias"``, which only gives back the means of what was removed (FLAP,
+        method: ``"least_squares"``, which adds no biases; ``"least_squares_cv"``, whose ridge is chosen for
+            every projection by two-fold cross-validation, over the halves of every row's positions, and
+            which leaves alone what no ridge betters; ``"least_squares_bias"``, which gives every refitted
+            projection a bias; or ``"bias"``, which only gives back the means of what was removed (FLAP,
             arXiv 2312.11983).
         ridge: strength, relative to the inputs' mean square.
 
@@ -85,7 +89,9 @@ def repaired(
                 for (module, columns), target in zip(fits, targets[: len(fits)], strict=True):
                     if keep_originals:
                         originals.append((module, module.weight.detach().clone(), module.bias))
-                    sums = _Sums(columns, target, pruned.valid)
+                    sums = _Sums(
+                        columns, target, pruned.valid, folds=2 if method == "least_squares_cv" else 1
+                    )
                     pruned.visit(layer, module, sums.add)
                     if not warned and method != "bias" and sums.count < len(columns):
                         warned = True
@@ -94,16 +100,14 @@ def repaired(
                             f"{layer}: calibrate on more rows",
                             stacklevel=5,  # the call of apply, which torch wraps
                         )
-                    weight, bias = sums.solve(
-                        module,
-                        None if method == "bias" else ridge,
-                        biased=method != "least_squares" or module.bias is not None,
-                    )
+                    biased = method not in UNBIASED or module.bias is not None
+                    strength = sums.best_ridge(module) if method == "least_squares_cv" else ridge
+                    weight, bias = sums.solve(module, None if method == "bias" else strength, biased=biased)
                     if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
                         raise ValueError(f"layer {layer}: activations are not finite; nothing was repaired")
                     with torch.no_grad():
                         module.weight[:, columns] = weight.to(module.weight.dtype)
-                        if method != "least_squares" or module.bias is not None:
+                        if biased:
                             fitted = bias.to(module.weight.dtype)
                             module.bias = nn.Parameter(
                                 fitted, (module.weight if module.bias is None else module.bias).requires_grad
@@ -170,11 +174,14 @@ def _fits(adapter: Adapter, plan: PrunePlan, layer: int) -> list[tuple[nn.Linear
 
 
 class _Sums:
-    """Normal equations of one projection, gathered batch by batch in float64."""
+    """Normal equations of one projection, gathered batch by batch in float64; in ``folds``, by position."""
 
-    def __init__(self, columns: Tensor, targets: list[Tensor], valid: list[Tensor | None]) -> None:
+    def __init__(
+        self, columns: Tensor, targets: list[Tensor], valid: list[Tensor | None], folds: int = 1
+    ) -> None:
         self.columns, self.targets, self.valid, self.seen = columns, targets, valid, 0
         self.count = 0
+        self.parts = [_Sums(columns, [], []) for _ in range(folds)] if folds > 1 else []
         self.gram = self.cross = self.x_sum = self.y_sum = torch.zeros(
             (), dtype=torch.float64, device=columns.device
         )
@@ -183,6 +190,12 @@ class _Sums:
         """One batch's inputs of the projection, ``[B, L, columns]``."""
         valid, y = self.valid[self.seen], self.targets[self.seen]
         self.seen += 1
+        for index, part in enumerate(self.parts):
+            at = torch.arange(x.shape[1], device=x.device) * len(self.parts) // x.shape[1] == index
+            part.count_in(x[:, at], y[:, at], None if valid is None else valid[:, at])
+        self.count_in(x, y, valid)
+
+    def count_in(self, x: Tensor, y: Tensor, valid: Tensor | None) -> None:
         rows = (slice(None), slice(None)) if valid is None else valid
         x = x[rows].reshape(-1, x.shape[-1]).index_select(1, self.columns).float()
         y = y[rows].reshape(-1, y.shape[-1]).float()
@@ -191,6 +204,26 @@ class _Sums:
         self.cross = self.cross + (x.T @ y).double()
         self.x_sum = self.x_sum + x.double().sum(0)
         self.y_sum = self.y_sum + y.double().sum(0)
+
+    def best_ridge(self, module: nn.Linear) -> float | None:
+        """The one of ``RIDGES`` that fits every fold best when it was fitted on the others; None where no fit
+        does better there than the weights as they are."""
+        if not len(self.columns) or any(part.count == 0 for part in self.parts):
+            return RIDGE if len(self.columns) else None
+        tried = (None, *RIDGES)
+        errors = torch.zeros(len(tried), dtype=torch.float64)
+        biased = module.bias is not None
+        for one, other in (self.parts, self.parts[::-1]):
+            for index, ridge in enumerate(tried):
+                weight, bias = one.solve(module, ridge, biased=biased)
+                errors[index] += other.error(weight, bias)
+        return tried[int(errors.argmin())]
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Squared error of ``[hidden, n]`` and ``[hidden]`` over what was counted, less that of zeros."""
+        fitted = (weight @ self.gram * weight).sum() - 2 * (weight.T * self.cross).sum()
+        shift = self.count * bias.square().sum() + 2 * bias @ (weight @ self.x_sum - self.y_sum)
+        return float(fitted + shift)
 
     def solve(self, module: nn.Linear, ridge: float | None, *, biased: bool) -> tuple[Tensor, Tensor]:
         """The kept columns ``[hidden, n]`` and the bias ``[hidden]``, zero unless ``biased``; ``ridge=None``
