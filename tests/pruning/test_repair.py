@@ -1,68 +1,17 @@
 """Repair: refitted projections against least squares in the test, and models left whole by a failure."""
 
-import numpy as np
 import pytest
 import torch
 from dreams import toy_dream
 from hf import build
+from refits import CHANNELS, KEPT, MODELS, columns_of, given_and_made, logits, ridge_by_rows, rows_of
 from toys import MASK, assert_same_tensors, bits, manual_plan, one_thread, tokens, toy  # noqa: F401
-from upstream_twins import dream_twin, llada_twin
+from upstream_twins import llada_twin
 
 import sinkprune as sp
 from sinkprune.evidence.calibration import Calibration
 from sinkprune.pruning import repacking
-from sinkprune.pruning.repair import RIDGE, RIDGES, repaired
-
-KEPT = [[0, 1, 2, 3], [0, 2], [1, 2, 3]]
-CHANNELS = [None, list(range(0, 40, 2)), None]
-MODELS = {
-    "llada": lambda: toy(n_kv_heads=2), "dream": toy_dream, "live llada": llada_twin,
-    "live dream": dream_twin, "bert": lambda: build("bert"), "qwen3": lambda: build("qwen3"),
-}  # fmt: skip
-
-
-def rows_of(count=24, length=12, padded=True, seed=3):
-    ids = tokens(count, length, seed=seed)
-    valid = None
-    if padded:
-        valid = torch.ones(count, length, dtype=torch.bool)
-        valid[::3, :4] = False
-    return Calibration(ids, ids, ids == MASK, valid)
-
-
-def logits(model, rows):
-    with torch.no_grad():
-        found = sp.adapter_for(model).predict(rows.ids, rows.valid)
-    return found if rows.valid is None else found[rows.valid]
-
-
-def given_and_made(model, rows, layer, role):
-    """Inputs ``[tokens, columns]`` and outputs ``[tokens, hidden]`` of a projection, float64."""
-    found = []
-    linear = sp.adapter_for(model).linears(layer)[role]
-    hook = linear.register_forward_hook(lambda m, args, out: found.append((args[0], out)))
-    logits(model, rows)
-    hook.remove()
-    seen = torch.ones(rows.ids.shape, dtype=torch.bool) if rows.valid is None else rows.valid
-    return tuple(x[seen].double() for x in found[0])
-
-
-def columns_of(heads, width=8):
-    return [head * width + i for head in heads for i in range(width)]
-
-
-def ridge_by_rows(x, y, weight, biased, ridge=RIDGE):
-    """The weights and, where ``biased``, the bias that ``numpy.linalg.lstsq`` finds, the ridge as extra rows:
-    towards ``weight``, and of the inputs' mean square."""
-    x_mean, y_mean = (t.mean(0) if biased else 0 * t.mean(0) for t in (x, y))
-    if ridge is None:
-        return weight, (y - x @ weight.T).mean(0) if biased else None
-    strength = ridge * x.square().mean()
-    rows = np.vstack([(x - x_mean).numpy(), np.sqrt(len(x) * strength.item()) * np.eye(x.shape[1])])
-    left = (y - y_mean) - (x - x_mean) @ weight.T
-    change = np.linalg.lstsq(rows, np.vstack([left.numpy(), np.zeros(weight.T.shape)]), rcond=None)[0]
-    weight = weight + torch.from_numpy(change).T
-    return weight, y_mean - weight @ x_mean if biased else None
+from sinkprune.pruning.repair import repaired
 
 
 @pytest.mark.parametrize("method", ["least_squares", "least_squares_bias"])
@@ -89,48 +38,6 @@ def test_the_refitted_projections_are_those_of_ridge_regression(which, padded, m
             others = [c for c in range(linear.in_features) if c not in columns]
             assert torch.equal(linear.weight[:, others], old.weight[:, others])
         adapter.mask(1, None, None)
-
-
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("which", MODELS)
-def test_the_ridge_that_cross_validation_takes_is_the_best_over_halves_fitted_by_rows(which, padded):
-    model, dense, rows = MODELS[which](), MODELS[which](), rows_of(padded=padded)
-    plan = manual_plan(model, [KEPT[0], KEPT[1], KEPT[0]], CHANNELS)
-    adapter = sp.adapter_for(model)
-    first = torch.arange(rows.ids.shape[1]).expand(rows.ids.shape) * 2 // rows.ids.shape[1] == 0
-    first = first.flatten() if rows.valid is None else first[rows.valid]
-    with repaired(adapter, plan, rows, "least_squares_cv"):
-        adapter.mask(1, torch.tensor(KEPT[1]), torch.tensor(CHANNELS[1]))
-        for role, columns in (("o", columns_of(KEPT[1])), ("down", CHANNELS[1])):
-            linear, old = (sp.adapter_for(m).linears(1)[role] for m in (model, dense))
-            _, y = given_and_made(dense, rows, 1, role)
-            x = given_and_made(model, rows, 1, role)[0][:, columns]
-            before = old.weight[:, columns].detach().double()
-            fits = {}
-            for ridge in (None, *RIDGES):
-                error = 0.0
-                for seen, unseen in ((first, ~first), (~first, first)):
-                    weight, bias = ridge_by_rows(x[seen], y[seen], before, old.bias is not None, ridge)
-                    error += (x[unseen] @ weight.T + (0 if bias is None else bias) - y[unseen]).square().sum()
-                fits[ridge] = error.item()
-            best = min(fits, key=fits.get)
-            expected, bias = ridge_by_rows(x, y, before, old.bias is not None, best)
-            torch.testing.assert_close(linear.weight[:, columns].double(), expected, atol=2e-4, rtol=1e-3)
-            assert (linear.bias is None) == (bias is None)
-        adapter.mask(1, None, None)
-
-
-@pytest.mark.filterwarnings("ignore:repair has 12 calibration tokens")
-def test_where_tokens_are_few_cross_validation_repairs_what_a_fixed_ridge_harms():
-    """Against rows that were not fitted: the fixed ridge follows the noise of twelve tokens."""
-    few, others = rows_of(1, padded=False), rows_of(24, padded=False, seed=8)
-    plan = manual_plan(toy(), [[0, 3], KEPT[0], KEPT[0]], [CHANNELS[1], None, None])
-    goal, error = logits(toy(), others), {}
-    for method in (None, "least_squares", "least_squares_cv"):
-        pruned = sp.apply(toy(), plan, calibration=few, repair=method)
-        error[method] = (logits(pruned, others) - goal).square().mean().item()
-    assert error["least_squares_cv"] < error["least_squares"]
-    assert error["least_squares_cv"] < 1.05 * error[None]
 
 
 @pytest.mark.parametrize("role", ["o", "down"])
