@@ -1,4 +1,4 @@
-"""The ridge of a repair by cross-validation: the best over halves fitted by rows, and harmless on few tokens."""
+"""The ridge that cross-validation takes: the best over halves fitted by rows; harmless on few tokens."""
 
 import pytest
 import torch
