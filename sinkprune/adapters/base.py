@@ -295,7 +295,7 @@ class Adapter(ABC):
             except ValueError:  # a family that names none, or a tree that it can't read: it says so itself
                 continue
             channels = True if kept_channels is None else kept_channels[layer]
-            if channels == []:
+            if channels == [] and not replaced:
                 raise ValueError(f"layer {layer} keeps no channels: keep one, or use mode='mask'")
             for role, linear in linears.items():
                 if channels is not None or role in ("q", "k", "v", "qkv", "o"):

@@ -160,8 +160,12 @@ class BlockStream:
     def advance(self, layer: int) -> None:
         """Run block ``layer``: its outputs are the hidden states from now on."""
         for batch in self._batches:
-            out = self._run(layer, batch)
-            batch.hidden = out[0] if isinstance(out, tuple) else out
+            batch.hidden = _hidden_of(self._run(layer, batch))
+
+    @torch.no_grad()
+    def outputs(self, layer: int) -> list[Tensor]:
+        """What block ``layer`` gives, ``[rows, L, hidden]`` per batch. The hidden states stay as they are."""
+        return [_hidden_of(self._run(layer, batch)) for batch in self._batches]
 
     @torch.no_grad()
     def visit(self, layer: int, until: nn.Module, look: Callable[[Tensor], None]) -> None:
@@ -232,6 +236,10 @@ class BlockStream:
             for hook in hooks:
                 hook.remove()
         return _Batch(first[0], valid, arguments)
+
+
+def _hidden_of(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
 
 
 class _Reached(Exception):

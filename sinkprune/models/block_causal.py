@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sinkprune.models.caches import Cache, key_positions
 from sinkprune.models.common import DLMOutput, NativeLM, PublishedConfig
-from sinkprune.models.modules import KeyValueCache
-from sinkprune.models.norm import RMSNorm, add_and_norm
+from sinkprune.models.modules import KeyValueCache, run_layer
+from sinkprune.models.norm import RMSNorm
 
 
 @dataclass(kw_only=True)
@@ -89,9 +89,8 @@ class BlockCausalLayer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None, **seen: Any
     ) -> Tensor:
-        attended = getattr(self, self.ATTENTION)(self.input_layernorm(x), cos, sin, cache=cache, **seen)
-        normed, x = add_and_norm(x, attended, self.post_attention_layernorm)
-        return x + self.mlp(normed)
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        return run_layer(x, norms, getattr(self, self.ATTENTION), self.mlp, cos, sin, cache=cache, **seen)
 
 
 class BlockCausalLM(NativeLM):

@@ -20,8 +20,8 @@ from sinkprune.models.bidirectional import BidirectionalAttention, Bidirectional
 from sinkprune.models.caches import Cache, key_positions
 from sinkprune.models.common import DLMOutput, GatedMLP, PublishedConfig
 from sinkprune.models.features import LayerParts
-from sinkprune.models.modules import KeyValueCache, Rotary
-from sinkprune.models.norm import RMSNorm, add_and_norm
+from sinkprune.models.modules import KeyValueCache, Rotary, run_layer
+from sinkprune.models.norm import RMSNorm
 
 
 @dataclass(kw_only=True)
@@ -119,11 +119,10 @@ class DreamLayer(nn.Module):
         cache: KeyValueCache | None = None,
         cached_rotary: Rotary | None = None,
     ) -> Tensor:
-        attended = self.self_attn(
-            self.input_layernorm(x), cos, sin, key_padding_mask, cache=cache, cached_rotary=cached_rotary
-        )
-        normed, x = add_and_norm(x, attended, self.post_attention_layernorm)
-        return x + self.mlp(normed)
+        seen = (cos, sin, key_padding_mask)
+        cached = {"cache": cache, "cached_rotary": cached_rotary}
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        return run_layer(x, norms, self.self_attn, self.mlp, *seen, **cached)
 
     def parts(self) -> LayerParts:
         """What a cache runs by itself."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinkprune.models.caches import Cache
-from sinkprune.models.modules import Rotary
+from sinkprune.models.modules import Rotary, added, is_gone
 
 
 class LayerParts(NamedTuple):
@@ -94,6 +94,8 @@ class FeatureCache(Cache):
     ) -> Tensor:
         self._step += index == 0
         parts = layer.parts()
+        if is_gone(parts.attend) and is_gone(parts.feed):
+            return added(added(x, parts.attention_norm, parts.attend), parts.mlp_norm, parts.feed)
         normed = parts.attention_norm(x)
         self._rows = rows = self._stale(index, normed, parts)
         if index not in self._added:

@@ -19,8 +19,8 @@ from sinkprune.models.bidirectional import BidirectionalAttention, Bidirectional
 from sinkprune.models.caches import Cache, key_positions
 from sinkprune.models.common import DLMOutput, PublishedConfig, skip_channels
 from sinkprune.models.features import LayerParts
-from sinkprune.models.modules import KeyValueCache, Rotary, SinkPrunedAttention
-from sinkprune.models.norm import RMSNorm, add_and_norm
+from sinkprune.models.modules import KeyValueCache, Rotary, SinkPrunedAttention, run_layer
+from sinkprune.models.norm import RMSNorm
 from sinkprune.ops import elementwise
 
 
@@ -129,12 +129,10 @@ class LLaDABlock(BidirectionalAttention):
         cached_rotary: Rotary | None = None,
     ) -> Tensor:
         attend = self._dense_attention if self.attention is None else self.attention
-        attended = attend(
-            self.attn_norm(x), cos, sin, key_padding_mask, cache=cache, cached_rotary=cached_rotary
-        )
         feed = self._feed if self.mlp is None else self.mlp
-        normed, x = add_and_norm(x, attended, self.ff_norm)
-        return x + feed(normed)
+        seen = (cos, sin, key_padding_mask)
+        cached = {"cache": cache, "cached_rotary": cached_rotary}
+        return run_layer(x, (self.attn_norm, self.ff_norm), attend, feed, *seen, **cached)
 
     def parts(self) -> LayerParts:
         """What a cache runs by itself."""

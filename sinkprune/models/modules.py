@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sinkprune import ops
 from sinkprune.kernels.visibility import Visibility
-from sinkprune.models.norm import norm_and_rotate
+from sinkprune.models.norm import add_and_norm, norm_and_rotate
 from sinkprune.ops import elementwise, native
 
 
@@ -271,6 +271,39 @@ class CompactMLP(nn.Module):
         """As ``SinkPrunedAttention.unpacked``: gate, up, down."""
         rows = [self.down_proj.in_features] * 2
         return {**_split(self.gate_up_proj, rows, ("gate", "up")), "down": self.down_proj.state_dict()}
+
+
+def is_gone(part: object) -> bool:
+    """Whether a compact attention or MLP keeps nothing but, maybe, its output's bias."""
+    if isinstance(part, SinkPrunedAttention):
+        return part.num_heads == 0
+    return isinstance(part, CompactMLP) and part.down_proj.in_features == 0
+
+
+def run_layer(
+    x: Tensor,
+    norms: tuple[nn.Module, nn.Module],
+    attend: Callable[..., Tensor],
+    feed: Callable[[Tensor], Tensor],
+    *seen: Any,
+    **cached: Any,
+) -> Tensor:
+    """A pre-norm block on ``x`` ``[B, L, hidden]``: attention, then the MLP, each with its norm and added."""
+    if is_gone(attend) or is_gone(feed):
+        return added(added(x, norms[0], attend, *seen, **cached), norms[1], feed)
+    attended = attend(norms[0](x), *seen, **cached)
+    normed, x = add_and_norm(x, attended, norms[1])
+    return x + feed(normed)
+
+
+def added(
+    x: Tensor, norm: Callable[[Tensor], Tensor], part: Callable[..., Tensor], *args: Any, **keywords: Any
+) -> Tensor:
+    """``x`` ``[B, L, hidden]`` plus ``part(norm(x), …)``; a part that is gone costs no norm and no call."""
+    if not is_gone(part):
+        return x + part(norm(x), *args, **keywords)
+    output = cast(Any, part.o_proj if isinstance(part, SinkPrunedAttention) else cast(Any, part).down_proj)
+    return x if output.bias is None else x + output.bias
 
 
 def _split(fused: nn.Linear, rows: list[int], roles: Sequence[str]) -> dict[str, dict[str, Tensor]]:

@@ -188,19 +188,7 @@ def _share_budget(
 
     Each target gives the same share of its own. Raises ``ValueError`` naming the reachable maximum.
     """
-    total = sum(
-        layer_work(geometry, *sizes, length)
-        for sizes in zip(geometry.heads, geometry.kv_heads, geometry.channels, strict=True)
-    )
-    head_pool = attention_removed(
-        geometry, remove_heads(geometry, units, math.inf, rules.allocation, length), length
-    )
-    channel_work = geometry.mlp_matrices * geometry.hidden
-    spare = sum(width - fewest_channels(width, rules) for width in geometry.channels)
-    pools = {
-        "heads": head_pool if "heads" in targets else 0,
-        "mlp": channel_work * spare if "mlp" in targets else 0,
-    }
+    total, pools = _pools(geometry, units, targets, rules, length)
     reachable = sum(pools.values())
     if ratio * total > reachable + 0.5:
         raise ValueError(
@@ -214,10 +202,38 @@ def _share_budget(
         return Choice(kept)
     # Heads come in lumps: the channels make up the difference, so that the total is what was asked for.
     rest = ratio * total - attention_removed(geometry, kept, length)
-    rest /= channel_work * sum(geometry.channels)
+    rest /= geometry.mlp_matrices * geometry.hidden * sum(geometry.channels)
     return Choice(
         kept, [nearest_channels(width - round(rest * width), width, rules) for width in geometry.channels]
     )
+
+
+def reachable_share(
+    geometry: Geometry, units: list[list[Unit]], targets: tuple[str, ...], rules: Rules, length: int
+) -> float:
+    """The most that ``targets`` can give of all layers' work at ``length``."""
+    total, pools = _pools(geometry, units, targets, rules, length)
+    return sum(pools.values()) / total
+
+
+def _pools(
+    geometry: Geometry, units: list[list[Unit]], targets: tuple[str, ...], rules: Rules, length: int
+) -> tuple[int, dict[str, int]]:
+    """All layers' work at ``length``, and what each target can give of it."""
+    total = sum(
+        layer_work(geometry, *sizes, length)
+        for sizes in zip(geometry.heads, geometry.kv_heads, geometry.channels, strict=True)
+    )
+    head_pool = attention_removed(
+        geometry, remove_heads(geometry, units, math.inf, rules.allocation, length), length
+    )
+    channel_work = geometry.mlp_matrices * geometry.hidden
+    spare = sum(width - fewest_channels(width, rules) for width in geometry.channels)
+    pools = {
+        "heads": head_pool if "heads" in targets else 0,
+        "mlp": channel_work * spare if "mlp" in targets else 0,
+    }
+    return total, pools
 
 
 def best_channels(scores: list[Tensor], counts: list[int]) -> list[list[int]]:

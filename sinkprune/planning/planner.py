@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.evidence.evidence import Evidence
-from sinkprune.planning.allocation import Choice, Rules, best_channels, by_share, head_units
+from sinkprune.planning.allocation import Choice, Rules, Unit, best_channels, by_share, head_units
+from sinkprune.planning.block_rules import BLOCK_TARGETS, DEFAULT_BLOCK_RULE, block_order, check_block_rule
+from sinkprune.planning.blocks import Budget, block_channels, block_target, by_blocks
 from sinkprune.planning.channels import NEED_CALIBRATION, channel_scores, check_channel_rule
 from sinkprune.planning.criteria import HeadCriterion, criterion_for
 from sinkprune.planning.expert_rules import (
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from sinkprune.evidence.profiles import SinkProfile
     from sinkprune.planning.latency_table import LatencyTable
 
-TARGETS = ("heads", "mlp", *EXPERT_TARGETS)
-UNITS = ("heads", "experts", "parameters", "flops")
+TARGETS = ("heads", "mlp", *EXPERT_TARGETS, *BLOCK_TARGETS)
+UNITS = ("heads", "experts", "blocks", "parameters", "flops")
 DEFAULT_CRITERION = "reconstruction"  # docs/study.md says why
 
 
@@ -48,6 +50,7 @@ def plan(
     targets: Iterable[str] = ("heads",),
     channel_rule: str | None = None,
     expert_rule: str | None = None,
+    block_rule: str | None = None,
     length: int | None = None,
     target_speedup: float | None = None,
     target_latency: float | None = None,
@@ -69,17 +72,22 @@ def plan(
         profile: sink statistics of this model, for criteria that need them.
         criterion: a registered name (settings may follow: ``"sink_variance:gated=true"``), or a criterion.
         ratio: share to remove, in [0, 1).
-        unit: what ``ratio`` is a share of: ``"heads"`` (query heads), ``"experts"``, ``"parameters"`` (of the
-            blocks, as they are stored) or ``"flops"`` (of the blocks, at ``length`` tokens, which fewer
-            experts do not save).
+        unit: what ``ratio`` is a share of: ``"heads"`` (query heads), ``"experts"``, ``"blocks"`` (rounded),
+            ``"parameters"`` (of the blocks, as they are stored) or ``"flops"`` (of the blocks, at ``length``
+            tokens, which fewer experts do not save).
         calibration: rows of ``sp.calibrate``, for criteria and channel rules that need them.
         targets: with a unit other than heads: any of ``"heads"``, ``"mlp"`` (channels of dense MLPs),
             ``"experts"`` and ``"expert_channels"`` (as many of every expert), each giving the same share of
             its own. Experts go in equal numbers from every layer and every group of its router.
+            ``"blocks"``, alone or with heads and mlp: whole blocks, which take their part of the budget
+            first, to the nearest block; ``"attention"`` or ``"mlp_blocks"`` alone: that half of blocks. One
+            block stays at least. What went, and in which order, is in ``details["blocks"]``.
         channel_rule: which MLP channels go first: ``"magnitude"``, ``"wanda"``, ``"sink_wanda"`` or
             ``"flap"``; None = ``"flap"`` with calibration rows, else ``"magnitude"``.
         expert_rule: which experts go first: ``"reap"`` (the default), ``"reconstruction"``, ``"ablation"`` or
             ``"random"``.
+        block_rule: which blocks go first: ``"influence"`` (the default), ``"reconstruction"``, ``"ablation"``
+            or ``"random"``; all but random need calibration rows.
         length: tokens of a forward, for ``unit="flops"`` (None: 1024) and for a target (None: the only length
             of the table).
         target_speedup, target_latency: instead of a ratio and its unit: how many times faster than dense a
@@ -94,7 +102,8 @@ def plan(
         max_layer_share: most of a layer's heads, and of its channels, that may go, in (0, 1].
         round_heads, round_channels: a layer that loses any keeps a multiple of these.
         whole_groups: remove query heads only together with the key/value head they share.
-        whole_layers: remove only whole layers' attention (with a rule for layers), whatever ``min_heads``.
+        whole_layers: remove heads only as whole layers' attention, by the mean of a layer's head scores,
+            whatever ``min_heads``; ``targets="attention"`` does the same by a rule for blocks.
         fit: a target that shall hold the result, ``"llama.cpp"``, ``"transformers"``, ``"sglang"``,
             ``"vllm"`` or ``"lmdeploy"``, with settings as ``targets.fit_for`` takes them
             (``"sglang:tp=2"``): whole groups, and where the target needs it as many heads in every layer,
@@ -122,30 +131,40 @@ def plan(
             raise ValueError(f"fit={fit!r} takes a ratio: counts that a target speed chooses differ by layer")
         ratio, unit = 0.0, "parameters"
     tokens = 1024 if length is None else length
+    blocks = block_target(geometry, targets, unit)
     _check_share(ratio, unit, targets, tokens)
     channels_by = channel_rule or ("magnitude" if calibration is None else "flap")
-    experts_by = expert_rule or DEFAULT_EXPERT_RULE
+    experts_by, blocks_by = expert_rule or DEFAULT_EXPERT_RULE, block_rule or DEFAULT_BLOCK_RULE
     require_experts(geometry, targets, unit, timed)
     check_expert_rule(experts_by, evidence if "experts" in targets else None)
-    heads_too = "heads" in targets or not set(targets) & set(EXPERT_TARGETS)
+    if blocks is not None:
+        if timed or room is not None:
+            raise ValueError(f"targets {targets} take a ratio, without a target speed or fit")
+        check_block_rule(blocks_by, evidence)
+    heads_too = "heads" in targets or not set(targets) & {*EXPERT_TARGETS, *BLOCK_TARGETS}
     _check_evidence(adapter, rule if heads_too else None, evidence, targets, channels_by)
     _check_weights(adapter, targets)
 
     worth = partial(_channel_worth, channels_by, adapter, evidence)
     scores = scores_of(rule if heads_too else None, adapter, evidence)
-    units = head_units(geometry, scores, rules)
-    if timed:
+    units: list[list[Unit]] = head_units(geometry, scores, rules) if blocks is None else []
+    if blocks is not None:
+        order = block_order(blocks_by, adapter, evidence, blocks, geometry.num_layers - 1)
+        choice = by_blocks(geometry, order, blocks, Budget(ratio, unit, tokens), targets, rules, scores)
+        choice.told["blocks"]["rule"] = blocks_by
+    elif timed:
         goal = (target_speedup, target_latency)
         choice = by_time(geometry, scores, units, targets, latency_table, length, goal, rules, worth)
     elif geometry.experts is not None and unit != "heads":
         choice = by_experts(geometry, units, ratio, unit, targets, rules, tokens)
     else:
         choice = by_share(geometry, units, ratio, unit, targets, rules, tokens)
+    unscored = experts_by if blocks is None else blocks_by
     made = PrunePlan(
         geometry=geometry,
         fingerprint=adapter.fingerprint(),
         layers=_kept_layers(choice, worth, targets, experts_by, adapter, evidence),
-        criterion=rule.name if heads_too else experts_by,
+        criterion=rule.name if heads_too else unscored,
         ratio=ratio,
         unit=unit,
         targets=targets,
@@ -182,7 +201,9 @@ def _kept_layers(
     """The chosen heads, and of channels and experts those with the highest scores."""
     geometry = adapter.geometry()
     channels: list[Any] = [None] * geometry.num_layers
-    if choice.channels is not None:
+    if "blocks" in choice.told:
+        channels = block_channels(choice, worth() if choice.channels is not None else [], geometry)
+    elif choice.channels is not None:
         best = best_channels(worth(), choice.channels)
         channels = [None if geometry.experts_of(layer) else ids for layer, ids in enumerate(best)]
     layers = [LayerPlan(heads, ids) for heads, ids in zip(choice.heads, channels, strict=True)]

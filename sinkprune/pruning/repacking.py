@@ -198,9 +198,15 @@ def compact_mlp(weights: MLPWeights, channels: list[int]) -> CompactMLP:
     """Pack the kept channels of a gated MLP, gate and up fused."""
     if weights.gate is None:
         raise ValueError("this MLP is not gated, and CompactMLP is")
-    gate_up, down = native.pack_mlp(weights.gate, weights.up, weights.down, channels)
+    if channels:
+        gate_up, down = native.pack_mlp(weights.gate, weights.up, weights.down, channels)
+    else:  # what is left of the layer is the output's bias
+        gate_up, down = (
+            weights.up.new_empty(0, weights.up.shape[1]),
+            weights.down.new_empty(weights.down.shape[0], 0),
+        )
     bias = None
-    if weights.gate_bias is not None and weights.up_bias is not None:
+    if channels and weights.gate_bias is not None and weights.up_bias is not None:
         index = torch.tensor(channels, device=weights.gate_bias.device)
         bias = torch.cat((weights.gate_bias[index], weights.up_bias[index]))
     mlp = CompactMLP(gate_up, down, bias, _copy(weights.down_bias))

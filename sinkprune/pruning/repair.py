@@ -48,6 +48,9 @@ def repaired(
     first that loses something are left as they are; later ones make up for what reaches them changed. Kept
     columns change; the others are what packing drops.
 
+    Under ``"least_squares"`` the projection before attention or an MLP that is gone, or before whole blocks,
+    is fitted to what it and they wrote together, where a layer adds to what enters it.
+
     Memory: hidden states of the calibration rows twice, one layer's outputs, and one Gram matrix of the kept
     columns in float64; with ``keep_originals`` also the projections as they were.
 
@@ -74,19 +77,19 @@ def repaired(
     warned = False
     try:
         dense, pruned = (BlockStream(adapter, calibration, batch) for _ in range(2))
+        wanted = _Targets(adapter, plan, dense, fold=method == "least_squares")
         for layer in tqdm(layers, desc="repairing", unit="layer", disable=not progress):
-            if layer < first:
+            if layer < first - wanted.ahead(first):
                 dense.advance(layer)
                 pruned.advance(layer)
                 continue
-            fits = _fits(adapter, plan, layer)
             experts = adapter.expert_mlp(layer) if method != "bias" else None
-            watched = [module for module, _ in fits]
-            with _outputs([*watched, *([] if experts is None else [experts])]) as targets:
-                dense.advance(layer)
+            fits, targets = _fits(adapter, plan, layer), wanted.of(layer, experts)
             _skip(adapter, layer, plan.layers[layer])
             try:
                 for (module, columns), target in zip(fits, targets[: len(fits)], strict=True):
+                    if target is None:
+                        continue
                     if keep_originals:
                         originals.append((module, module.weight.detach().clone(), module.bias))
                     sums = _Sums(
@@ -114,9 +117,8 @@ def repaired(
                             )
                 if experts is not None and not experts.gone:
                     save = _saver(originals) if keep_originals else None
-                    refit_experts(
-                        experts, pruned.tokens(layer, experts), pruned.flat(targets[-1]), ridge, save
-                    )
+                    given = cast(list[Tensor], targets[-1])
+                    refit_experts(experts, pruned.tokens(layer, experts), pruned.flat(given), ridge, save)
                 pruned.advance(layer)
             finally:
                 _skip(adapter, layer, None)
@@ -243,6 +245,71 @@ class _Sums:
             gram.diagonal().add_(ridge * square.diagonal().mean() + torch.finfo(torch.float32).tiny)
             weight = weight + torch.linalg.solve(gram, left, left=True).T
         return weight, y_mean - weight @ x_mean if biased else torch.zeros_like(y_mean)
+
+
+class _Targets:
+    """What the projections of each layer shall give: what the dense ones gave, batch by batch, and with
+    ``fold`` what comes after and is gone. The dense stream runs ahead over that."""
+
+    def __init__(self, adapter: Adapter, plan: PrunePlan, dense: BlockStream, *, fold: bool) -> None:
+        self._adapter, self._plan, self._dense, self._fold = adapter, plan, dense, fold
+        self._seen: dict[int, list[list[Tensor] | None]] = {}
+        self._plain: dict[int, bool] = {}  # whether a layer only adds its projections' outputs
+
+    def ahead(self, first: int) -> bool:
+        """Whether the layer before ``first`` is refitted for what ``first`` lost."""
+        return self._fold and 0 < first < len(self._plan.layers) and not self._plan.layers[first].kept_heads
+
+    def of(self, layer: int, experts: nn.Module | None = None) -> list[list[Tensor] | None]:
+        """One list of batches for each of ``_fits``, and for ``experts``; None where a projection before
+        gives it."""
+        found = self._collect(layer, experts)
+        if self._fold and self._plain[layer]:
+            kept = [len(columns) > 0 for _, columns in _fits(self._adapter, self._plan, layer)]
+            if any(kept):
+                last = max(i for i, any_left in enumerate(kept) if any_left)
+                for part in range(last + 1, len(found)):
+                    self._give(layer, part, found[last])
+                self._give_following(layer, found[last])
+        return self._seen.pop(layer)
+
+    def _give_following(self, layer: int, into: list[Tensor] | None) -> None:
+        for after in range(layer + 1, len(self._plan.layers)):
+            if self._plan.layers[after].kept_heads:
+                return
+            found = self._collect(after)
+            if not self._plain[after]:
+                return
+            self._give(after, 0, into)
+            if self._plan.layers[after].kept_channels != []:
+                return
+            for part in range(1, len(found)):
+                self._give(after, part, into)
+
+    def _give(self, layer: int, part: int, into: list[Tensor] | None) -> None:
+        """Add what a part that is gone wrote, but for its bias, which stays, to another's targets."""
+        outputs, bias = self._seen[layer][part], _fits(self._adapter, self._plan, layer)[part][0].bias
+        assert into is not None and outputs is not None
+        into[:] = [
+            batch + (written if bias is None else written - bias.detach())
+            for batch, written in zip(into, outputs, strict=True)
+        ]
+        self._seen[layer][part] = None
+
+    def _collect(self, layer: int, experts: nn.Module | None = None) -> list[list[Tensor] | None]:
+        if layer not in self._seen:
+            before = self._dense.hidden
+            watched: list[nn.Module] = [module for module, _ in _fits(self._adapter, self._plan, layer)]
+            with _outputs([*watched, *([] if experts is None else [experts])]) as outputs:
+                self._dense.advance(layer)
+            self._seen[layer] = list(outputs)
+            self._plain[layer] = False
+            if self._fold and self._adapter.expert_mlp(layer) is None:
+                change = self._dense.hidden[0].float() - before[0].float()
+                written = torch.stack([batches[0].float() for batches in outputs]).sum(0)
+                near = (change - written).norm() <= 0.02 * change.norm()  # to rounding in bfloat16
+                self._plain[layer] = bool(near)
+        return self._seen[layer]
 
 
 @contextmanager
