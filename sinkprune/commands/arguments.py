@@ -61,10 +61,17 @@ def add_criterion_flags(sub: argparse.ArgumentParser) -> None:
     shown = "(default: %(default)s)"
     sub.add_argument("--criterion", default=DEFAULT_CRITERION, help=f"rule that orders heads {shown}")
     sub.add_argument("--ratio", type=float, default=0.38, help=f"share to remove {shown}")
-    sub.add_argument("--unit", default="heads", help=f"heads, experts, parameters or flops {shown}")
-    sub.add_argument("--targets", default="heads", help=f"of heads,mlp,experts,expert_channels {shown}")
+    sub.add_argument("--unit", default="heads", help=f"heads, experts, blocks, parameters or flops {shown}")
+    sub.add_argument(
+        "--targets",
+        default="heads",
+        help=f"of heads,mlp,experts,expert_channels,blocks, or attention or mlp_blocks alone {shown}",
+    )
     sub.add_argument("--channel-rule", help="of MLP channels: magnitude, wanda, sink_wanda or flap (default)")
     sub.add_argument("--expert-rule", help="of experts: reap (default), reconstruction, ablation or random")
+    sub.add_argument(
+        "--block-rule", help="of blocks: influence (default), reconstruction, ablation or random"
+    )
     add_calibration_flags(sub)
 
 

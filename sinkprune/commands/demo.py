@@ -68,6 +68,7 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         targets=tuple(options.targets.split(",")),
         channel_rule=options.channel_rule,
         expert_rule=options.expert_rule,
+        block_rule=options.block_rule,
         seed=options.seed,
     )
     ceilings = costs.ceilings(dense, plan, 1, 256, hardware.roofs(options.device))

@@ -113,6 +113,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         targets=tuple(options.targets.split(",")),
         channel_rule=options.channel_rule,
         expert_rule=options.expert_rule,
+        block_rule=options.block_rule,
         length=options.length,
         target_speedup=options.target_speedup,
         target_latency=options.target_latency,
@@ -129,12 +130,13 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     fit = fits.cost_text(plan.details["fit"]) + "\n" if options.fit else ""
     experts = f" and {plan.experts_removed} experts" if plan.experts_removed else ""
+    blocks = _blocks_text(plan.details["blocks"]) if "blocks" in plan.details else ""
     ceilings = costs.ceilings(model, plan, options.batch, plan.details["length"], roofs)
     plan.save(out)
     text = (
         f"removes {plan.heads_removed} heads{experts}, {100 * plan.parameters_removed:.1f} % of the block "
         "parameters\n"
-        f"{fit}this plan can give {costs.ceilings_text(ceilings)}\nwrote {out}"
+        f"{blocks}{fit}this plan can give {costs.ceilings_text(ceilings)}\nwrote {out}"
     )
     return {
         "heads_removed": plan.heads_removed,
@@ -144,6 +146,14 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "ceilings": ceilings,
         "plan": plan.to_dict(),
     }, text
+
+
+def _blocks_text(told: dict[str, Any]) -> str:
+    """Which blocks go, and how deep in the model they lie on average."""
+    what = {"blocks": "all", "attention": "attention", "mlp_blocks": "MLP"}[told["target"]]
+    layers = ", ".join(map(str, told["removed"])) or "none"
+    depth = "" if told["depth"] is None else f"; mean depth {told['depth']:.2f} (0 first, 1 last)"
+    return f"{what} of blocks {layers}, by {told['rule']}{depth}\n"
 
 
 def _latency_table(model: Any, options: argparse.Namespace) -> Any:

@@ -1,0 +1,34 @@
+"""Whole blocks on the command line: a plan of them, the shorter model, and a bad budget in a line."""
+
+import json
+
+from toys import one_thread  # noqa: F401
+
+import sinkprune as sp
+from sinkprune.commands.main import main
+from sinkprune.plans import LayerPlan
+
+FEW = ["--calibration-windows", "2", "--calibration-length", "16"]
+
+
+def test_plan_and_apply_of_blocks(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    asked = ["--targets", "blocks", "--unit", "blocks", "--ratio", "0.25"]
+    assert main(["plan", "tiny", *asked, *FEW, "--out", str(out), "--quiet"]) == 0
+    said = capsys.readouterr().out
+    gone = sp.PrunePlan.load(out).details["blocks"]["removed"]
+    assert f"all of blocks {', '.join(map(str, gone))}, by influence; mean depth" in said
+    assert main(["apply", "tiny", "--plan", str(out), *FEW, "--out", str(tmp_path / "m"), "--quiet"]) == 0
+    model, _ = sp.load(tmp_path / "m")
+    empty = [i for i, kept in enumerate(model.prune_plan.layers) if kept == LayerPlan([], [])]
+    assert empty == gone and len(gone) == round(len(model.prune_plan.layers) / 4)
+
+
+def test_all_blocks_are_refused_in_a_line(tmp_path, capsys):
+    asked = ["--targets", "blocks", "--unit", "blocks", "--ratio", "0.99", "--block-rule", "random", *FEW]
+    assert main(["plan", "tiny", *asked, "--out", str(tmp_path / "p"), "--quiet", "--json"]) == 2
+    line = capsys.readouterr().err.strip()
+    layers = sp.adapter_for(sp.load("tiny")[0]).geometry().num_layers
+    most = int(1000 * (layers - 1) / layers) / 1000
+    said = json.loads(line)["error"] if line.startswith("{") else line
+    assert f"at most {most:.3f} of the blocks" in str(said) and "\n" not in line
