@@ -84,13 +84,14 @@ DATA_FREE = ("random",)
 DEFAULT_BLOCK_RULE = "influence"
 
 
-def check_block_rule(rule: str, evidence: Evidence) -> None:
-    """Raise ``ValueError`` listing the rules unless ``rule`` is one, or without the rows that it needs."""
+def check_block_rule(rule: str, evidence: Evidence | None) -> None:
+    """Raise ``ValueError`` listing the rules unless ``rule`` is one, or where blocks are chosen by it
+    (``evidence`` is given) without the rows that it needs."""
     if rule not in BLOCK_RULES:
         near = difflib.get_close_matches(str(rule), BLOCK_RULES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown block rule {rule!r}; known: {', '.join(BLOCK_RULES)}{hint}")
-    if rule not in DATA_FREE and evidence.calibration is None:
+    if evidence is not None and rule not in DATA_FREE and evidence.calibration is None:
         raise ValueError(f"block rule {rule!r} needs calibration=sp.calibrate(model, text, ...)")
 
 

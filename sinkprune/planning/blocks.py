@@ -25,10 +25,13 @@ class Budget:
         return self.length if self.unit == "flops" else 0
 
 
-def block_target(geometry: Geometry, targets: tuple[str, ...], unit: str) -> str | None:
+def block_target(
+    geometry: Geometry, targets: tuple[str, ...], unit: str, *, only_share: bool = True
+) -> str | None:
     """The one of ``targets`` that takes whole blocks or halves of them, or None.
 
-    Raises ``ValueError`` where it does not go with the others, with ``unit``, or with experts.
+    Raises ``ValueError`` where it does not go with the others, with ``unit``, with a target speed
+    or a fit, or with experts.
     """
     chosen = [target for target in targets if target in BLOCK_TARGETS]
     if not chosen:
@@ -37,6 +40,8 @@ def block_target(geometry: Geometry, targets: tuple[str, ...], unit: str) -> str
                 f"unit='blocks' removes one of {', '.join(BLOCK_TARGETS)}, got targets={targets}"
             )
         return None
+    if not only_share:
+        raise ValueError(f"targets {targets} take a ratio, without a target speed or fit")
     if geometry.experts is not None:
         raise ValueError(f"blocks with experts stay whole in plans, got targets={targets}")
     if len(targets) > 1 and (chosen != ["blocks"] or unit == "blocks"):

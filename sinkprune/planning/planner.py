@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.evidence.evidence import Evidence
-from sinkprune.planning.allocation import Choice, Rules, Unit, best_channels, by_share, head_units
+from sinkprune.planning.allocation import Choice, Rules, best_channels, by_share, head_units
 from sinkprune.planning.block_rules import BLOCK_TARGETS, DEFAULT_BLOCK_RULE, block_order, check_block_rule
 from sinkprune.planning.blocks import Budget, block_channels, block_target, by_blocks
 from sinkprune.planning.channels import NEED_CALIBRATION, channel_scores, check_channel_rule
@@ -131,27 +131,23 @@ def plan(
             raise ValueError(f"fit={fit!r} takes a ratio: counts that a target speed chooses differ by layer")
         ratio, unit = 0.0, "parameters"
     tokens = 1024 if length is None else length
-    blocks = block_target(geometry, targets, unit)
+    blocks = block_target(geometry, targets, unit, only_share=not timed and room is None)
     _check_share(ratio, unit, targets, tokens)
     channels_by = channel_rule or ("magnitude" if calibration is None else "flap")
     experts_by, blocks_by = expert_rule or DEFAULT_EXPERT_RULE, block_rule or DEFAULT_BLOCK_RULE
     require_experts(geometry, targets, unit, timed)
     check_expert_rule(experts_by, evidence if "experts" in targets else None)
-    if blocks is not None:
-        if timed or room is not None:
-            raise ValueError(f"targets {targets} take a ratio, without a target speed or fit")
-        check_block_rule(blocks_by, evidence)
+    check_block_rule(blocks_by, evidence if blocks else None)
     heads_too = "heads" in targets or not set(targets) & {*EXPERT_TARGETS, *BLOCK_TARGETS}
     _check_evidence(adapter, rule if heads_too else None, evidence, targets, channels_by)
     _check_weights(adapter, targets)
 
     worth = partial(_channel_worth, channels_by, adapter, evidence)
     scores = scores_of(rule if heads_too else None, adapter, evidence)
-    units: list[list[Unit]] = head_units(geometry, scores, rules) if blocks is None else []
+    units = head_units(geometry, scores, rules)
     if blocks is not None:
-        order = block_order(blocks_by, adapter, evidence, blocks, geometry.num_layers - 1)
-        choice = by_blocks(geometry, order, blocks, Budget(ratio, unit, tokens), targets, rules, scores)
-        choice.told["blocks"]["rule"] = blocks_by
+        budget = Budget(ratio, unit, tokens)
+        choice = _by_blocks(blocks_by, adapter, evidence, blocks, budget, targets, rules, scores)
     elif timed:
         goal = (target_speedup, target_latency)
         choice = by_time(geometry, scores, units, targets, latency_table, length, goal, rules, worth)
@@ -159,12 +155,11 @@ def plan(
         choice = by_experts(geometry, units, ratio, unit, targets, rules, tokens)
     else:
         choice = by_share(geometry, units, ratio, unit, targets, rules, tokens)
-    unscored = experts_by if blocks is None else blocks_by
     made = PrunePlan(
         geometry=geometry,
         fingerprint=adapter.fingerprint(),
         layers=_kept_layers(choice, worth, targets, experts_by, adapter, evidence),
-        criterion=rule.name if heads_too else unscored,
+        criterion=rule.name if heads_too else blocks_by if blocks else experts_by,
         ratio=ratio,
         unit=unit,
         targets=targets,
@@ -179,6 +174,14 @@ def plan(
     if timed:
         made.ratio, made.allocation = made.parameters_removed, "latency"
     return made
+
+
+def _by_blocks(block_rule: str, adapter: Adapter, evidence: Evidence, target: str, *asked: Any) -> Choice:
+    geometry = adapter.geometry()
+    order = block_order(block_rule, adapter, evidence, target, geometry.num_layers - 1)
+    choice = by_blocks(geometry, order, target, *asked)
+    choice.told["blocks"]["rule"] = block_rule
+    return choice
 
 
 def _channel_worth(rule: str, adapter: Adapter, evidence: Evidence) -> list[Tensor]:
