@@ -27,7 +27,7 @@ from sinkprune.planning.experts import EXPERT_TARGETS, by_experts, keep_experts,
 from sinkprune.planning.fits import cost, fitted
 from sinkprune.planning.latency_planning import by_time
 from sinkprune.plans import LayerPlan, PrunePlan
-from sinkprune.targets import fit_for
+from sinkprune.targets import Fit, fit_for
 
 if TYPE_CHECKING:
     from sinkprune.evidence.calibration import Calibration
@@ -126,10 +126,7 @@ def plan(
     room = None if fit is None else fit_for(fit, geometry.family)
     rules = asked if room is None else fitted(asked, room, geometry, targets)
     timed = target_speedup is not None or target_latency is not None or latency_table is not None
-    if timed:
-        if room is not None:
-            raise ValueError(f"fit={fit!r} takes a ratio: counts that a target speed chooses differ by layer")
-        ratio, unit = 0.0, "parameters"
+    ratio, unit = _share_of_a_target(fit) if timed else (ratio, unit)
     tokens = 1024 if length is None else length
     blocks = block_target(geometry, targets, unit, only_share=not timed and room is None)
     _check_share(ratio, unit, targets, tokens)
@@ -151,10 +148,9 @@ def plan(
     elif timed:
         goal = (target_speedup, target_latency)
         choice = by_time(geometry, scores, units, targets, latency_table, length, goal, rules, worth)
-    elif geometry.experts is not None and unit != "heads":
-        choice = by_experts(geometry, units, ratio, unit, targets, rules, tokens)
     else:
-        choice = by_share(geometry, units, ratio, unit, targets, rules, tokens)
+        by = by_share if geometry.experts is None or unit == "heads" else by_experts
+        choice = by(geometry, units, ratio, unit, targets, rules, tokens)
     made = PrunePlan(
         geometry=geometry,
         fingerprint=adapter.fingerprint(),
@@ -169,11 +165,24 @@ def plan(
         | choice.told,
     )
     if room is not None:
-        share = made.heads_removed / sum(geometry.heads) if unit == "heads" else made.parameters_removed
-        made.details["fit"] = cost(room, geometry, scores, asked, choice.heads, choice.channels, ratio, share)
+        made.details["fit"] = _fit_cost(room, made, scores, asked, choice)
     if timed:
         made.ratio, made.allocation = made.parameters_removed, "latency"
     return made
+
+
+def _share_of_a_target(fit: str | None) -> tuple[float, str]:
+    """Ratio and unit until the plan is made."""
+    if fit is not None:
+        raise ValueError(f"fit={fit!r} takes a ratio: counts that a target speed chooses differ by layer")
+    return 0.0, "parameters"
+
+
+def _fit_cost(room: Fit, made: PrunePlan, scores: Tensor, asked: Rules, choice: Choice) -> dict[str, Any]:
+    """What it cost to make ``made`` so that ``room`` holds it."""
+    by_heads = made.unit == "heads"
+    share = made.heads_removed / sum(made.geometry.heads) if by_heads else made.parameters_removed
+    return cost(room, made.geometry, scores, asked, choice.heads, choice.channels, made.ratio, share)
 
 
 def _by_blocks(block_rule: str, adapter: Adapter, evidence: Evidence, target: str, *asked: Any) -> Choice:
