@@ -186,9 +186,9 @@ def test_a_repair_that_fails_in_a_gap_leaves_the_model_as_it_was(monkeypatch):
 
 def test_without_two_blocks_of_six_repair_is_no_worse_than_none_on_a_trained_model():
     model, tokenizer = sp.load("tiny")
-    rows = calibrate(model, sp.texts("calibration"), tokenizer=tokenizer, sequences=8)
+    rows = calibrate(model, sp.texts("calibration"), tokenizer=tokenizer, sequences=16)
     plan = sp.plan(model, targets="blocks", unit="blocks", ratio=0.34, calibration=rows)
-    settings = {"tokenizer": tokenizer, "windows": 8, "draws": 1, "levels": (0.5,)}
+    settings = {"tokenizer": tokenizer, "windows": 16, "draws": 1, "levels": (0.5,)}
     found = []
     for calibration in (None, rows):
         pruned = sp.apply(copy.deepcopy(model), plan, calibration=calibration)
