@@ -13,7 +13,7 @@ from sinkprune.checkpoints.layout import lay_out_config
 from sinkprune.models.marks import plan_of
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.transformers_native import is_transformers_native
-from sinkprune.plans import Geometry, PrunePlan
+from sinkprune.plans import Experts, Geometry, PrunePlan, expert_sizes, layer_sizes
 
 # Keys of a config.json: query heads, key/value heads, features of a head, channels
 _KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
@@ -46,11 +46,24 @@ def _kept_sizes(plan: PrunePlan) -> Geometry:
         dense,
         heads=tuple(len(layer.kept_heads) for layer in plan.layers),
         kv_heads=tuple(len(dense.kv_heads_used(i, p.kept_heads)) for i, p in enumerate(plan.layers)),
-        channels=tuple(
-            dense.channels[i] if layer.kept_channels is None else len(layer.kept_channels)
-            for i, layer in enumerate(plan.layers)
-        ),
+        channels=tuple(layer_sizes(dense, i, layer)[2] for i, layer in enumerate(plan.layers)),
+        experts=_kept_experts(plan),
     )
+
+
+def _kept_experts(plan: PrunePlan) -> Experts | None:
+    """What is left of the experts. Raises ``ValueError`` where layers keep different numbers of them."""
+    dense = plan.geometry.experts
+    if dense is None:
+        return None
+    sizes = [expert_sizes(plan.geometry, i, layer)[:2] for i, layer in enumerate(plan.layers)]
+    of_experts = [size for i, size in enumerate(sizes) if dense.count[i]]
+    if len(set(of_experts)) != 1:
+        raise ValueError(
+            f"the plan is not uniform: layers keep {sorted(set(of_experts))} (experts, channels of each); "
+            "save() it as it is"
+        )
+    return replace(dense, count=tuple(count for count, _ in sizes), channels=of_experts[0][1])
 
 
 def _check_uniform(plan: PrunePlan, kept: Geometry) -> None:
@@ -88,12 +101,17 @@ def _lay_out(config: dict[str, Any], plan: PrunePlan, kept: Geometry) -> tuple[n
         config |= {head_dim: kept.head_dim} if head_dim else {}
     if pruned:
         config[channels] = kept.channels[pruned[0]]
+    experts = plan.geometry.experts
+    if experts is not None and kept.experts is not None and kept.experts != experts:
+        if not {"num_experts", "moe_intermediate_size"} <= config.keys():
+            raise ValueError(_inexpressible(kept, "it names no num_experts and moe_intermediate_size"))
+        config |= {"num_experts": max(kept.experts.count), "moe_intermediate_size": kept.experts.channels}
     try:
         small = lay_out_config(config)
         got = adapter_for(small).geometry()
     except (TypeError, ValueError) as error:
         raise ValueError(_inexpressible(kept, str(error))) from error
-    if got != kept:
+    if not got.agrees(kept):
         reason = (
             f"its heads would have {got.head_dim} features, its MLPs {sorted(set(got.channels))} channels"
         )

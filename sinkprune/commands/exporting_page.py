@@ -91,8 +91,9 @@ what, and hashes every file.
 
 ## Not done
 
-sglang and lmdeploy were not run: what is said of them was read in the versions named above. Experts
-are exported as they are; layers that differ and have experts have no form but our own (`sp.save`). LLaDA2
+sglang and lmdeploy were not run: what is said of them was read in the versions named above. Fewer
+experts of LLaDA2 are exported where every layer keeps as many, and every group of its router, as plans of
+experts do; layers that differ and have experts have no form but our own (`sp.save`). LLaDA2
 has no architecture in llama.cpp.
 """
 

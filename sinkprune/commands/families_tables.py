@@ -91,6 +91,10 @@ LEFT_OUT = """
 - **LLaDA2.2** (-mini, -flash): it routes a block's tokens together (`expert_capacity`), and inserts and
   deletes tokens. Its modelling code could not be had, only descriptions of it: a config with
   `expert_capacity` is refused by name, and so is its sampler.
+- **Experts** go, or channels of them, from the native LLaDA2 alone (`targets=("experts",)`), as many from
+  every layer and from every group of its router; live objects and transformers classes keep theirs, and so
+  do **LLaDA-MoE**, **RND1** and **DiffusionGemma**. The rules that choose them are tested on toys with random
+  weights: on real mixtures, which were not at hand, they are unmeasured.
 - **RND1**, **LLaDA-MoE**: live objects only. **SDAR-MoE**: neither.
 - Live objects of **Stable-DiffCoder**, **WeDLM** and **Nemotron-Labs-Diffusion**: refused rather than taken
   for the Llama, Qwen or Ministral that their classes build on; their folders load natively.
