@@ -4,7 +4,8 @@
 
 Three stages, each resumable: ``study_heads`` (heads.json), ``study_claims`` (claims.json) and
 ``study_weights`` (weights.json). Their parts for each model run side by side, a thread each; what is timed
-runs last, alone. What they print goes to ``<part>.log``. ``--page`` only writes the page, from what is there.
+runs last, alone. What they print goes to ``<part>.log``. ``--page`` only writes the page, from what is there,
+with the section on "small" that hours of ``study_small`` and minutes of ``study_claims --model small`` give.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import study_heads_report
+import study_small_report
 import study_weights_report
 from study_heads import PAPER
 from study_heads_report import losses, marked
@@ -30,7 +32,7 @@ from sinkprune.planning.planner import DEFAULT_CRITERION
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
 PAGE = ROOT / "docs/study.md"
-STAGES = ("heads", "claims", "weights")
+STAGES = ("heads", "claims", "weights", "small", "claims_small")
 
 HEAD = """# Study: what to remove
 
@@ -38,12 +40,15 @@ HEAD = """# Study: what to remove
 an empty folder, in parts that resume. `FILE` holds reactions, one SMILES a line; without it rxnfp is left
 out.
 
-Two models: "tiny", which this package ships (6.0 M parameters, 6 layers of 8 heads, trained here on
-presidential speeches), and `rxnfp` (6.7 M, 12 x 4 heads), a masked language model of chemical reactions that
-nobody here trained. Both are small. What holds for LLaDA-8B or Dream-7B has to be measured there.
+Three models: "small" (134.5 M parameters, 30 layers of 9 query and 3 key/value heads), SmolLM2 made a masked
+diffusion model of English; "tiny", which this package ships (6.0 M, 6 layers of 8 heads, trained here on
+presidential speeches); and `rxnfp` (6.7 M, 12 x 4 heads), a masked language model of chemical reactions that
+nobody here trained. All are small beside LLaDA-8B or Dream-7B; what holds for those has to be measured there
+(`python benchmarks/reproduce.py MODEL_DIR`).
 
 What follows from it: `{default}` is the default criterion, `flap` the default rule for MLP channels, and
-least-squares repair what `sp.apply` does with calibration rows; `sp.sparsify` defaults to `sparsegpt`. The
+least-squares repair (on tiny and rxnfp measured with biases: `repair="least_squares_bias"`) what `sp.apply`
+does with calibration rows; `sp.sparsify` defaults to `sparsegpt`. The
 paper's rule is `criterion="{paper}"`, its weight-level methods are `sink_wanda` and `sink_sparsegpt`."""
 
 
@@ -51,6 +56,8 @@ def page(out: Path) -> str:
     """The page, of the stages that are there."""
     found = {name: json.loads(path.read_text()) for name in STAGES if (path := out / f"{name}.json").exists()}
     parts = [HEAD.format(default=DEFAULT_CRITERION, paper=PAPER), _verdicts(found)]
+    if "small" in found:
+        parts.append(study_small_report.section(found["small"], found.get("claims_small")))
     if "heads" in found:
         parts.append(study_heads_report.section(found["heads"]))
     if "claims" in found and "generation" in found["claims"]["rows"]:

@@ -1,9 +1,10 @@
 """The paper's findings about sinks, measured: where they move, what hiding them costs, and what the default
 plan leaves of generated text.
 
-    python benchmarks/study/study_claims.py [--quick] [--out DIR]
+    python benchmarks/study/study_claims.py [--model small] [--quick] [--out DIR]
 
-Rows are kept in ``claims.json``; a second run goes on where the first stopped.
+Rows are kept in ``claims.json``, of "small" (its sinks alone) in ``claims_small.json``; a second run goes on
+where the first stopped.
 """
 
 from __future__ import annotations
@@ -38,6 +39,19 @@ def measure(out: Path, *, quick: bool = False) -> Rows:
     if not quick:
         rows.row("autoregressive", study_autoregressive.study)
         rows.row("hiding/SmolLM2", _hiding_causal)
+    return rows
+
+
+def measure_small(out: Path, *, quick: bool = False) -> Rows:
+    """Where the sinks of "small" move, and what hiding them costs."""
+    settings = {"prompts": 2 if quick else 4, "steps": 8 if quick else 32, "windows": 2 if quick else 8}
+    rows = Rows(out / "claims_small.json", settings)
+    model, tokenizer = sp.load("small")
+    prompts, steps = _windows(tokenizer, "calibration", settings["prompts"], 16), settings["steps"]
+    length = {"steps": steps, "gen_length": 2 * steps}
+    rows.row("whole", lambda: study_sinks.whole(model, prompts, **length))
+    rows.row("halves", lambda: study_sinks.by_half(model, prompts, **length))
+    rows.row("hiding", lambda: _hiding(model, tokenizer, settings["windows"]))
     return rows
 
 
@@ -109,10 +123,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=("tiny", "small"), default="tiny")
     parser.add_argument("--quick", action="store_true", help="a small slice, to see that it works")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/study")
     options = parser.parse_args()
-    print(f"wrote {measure(options.out, quick=options.quick).path}")
+    found = (measure_small if options.model == "small" else measure)(options.out, quick=options.quick)
+    print(f"wrote {found.path}")
 
 
 if __name__ == "__main__":

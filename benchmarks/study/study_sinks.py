@@ -197,6 +197,19 @@ def _in_transformers(model: Any, hider: KeyHider) -> Iterator[None]:
         model.set_attn_implementation(original)
 
 
+def whole(
+    model: nn.Module, prompts: Tensor, *, steps: int = 64, gen_length: int = 128, **options: Any
+) -> dict[str, Any]:
+    """``movement`` over all of denoising, with the mean column mass at position 0; arguments as in
+    ``by_half``."""
+    at_zero = []
+    with sp.track(model, max_keys=prompts.shape[1] + gen_length) as tracker:
+        for _ in sp.denoise(model, prompts, steps=steps, gen_length=gen_length, **options):
+            assert tracker.tracker is not None
+            at_zero.append(torch.stack([mass[:, :, 0].mean() for mass in tracker.tracker.mass]))
+        return movement(tracker.result(), torch.stack(at_zero).mean(0))
+
+
 def by_half(
     model: nn.Module, prompts: Tensor, *, steps: int = 64, gen_length: int = 128, **options: Any
 ) -> dict[str, Any]:
