@@ -19,6 +19,14 @@ Config = TypeVar("Config", bound="PublishedConfig")
 # Keys that change what is computed, of no native family: packed weights, and other rotary tables.
 PACKED = ("quantization_config", "compression_config")
 REFUSED = (*PACKED, "rope_scaling")
+# Keys that change what is computed where a family does not name them itself, with values that change nothing.
+CHANGES: dict[str, tuple[Any, ...]] = {
+    "expert_capacity": (), "use_mrope": (False,), "no_rope_layers": ([],), "clip_qkv": (),
+    "attn_logit_softcapping": (), "final_logit_softcapping": (), "query_pre_attn_scalar": (),
+    "embedding_multiplier": (1,), "residual_multiplier": (1,), "attention_multiplier": (),
+    "logit_scale": (1,), "logits_scaling": (1,), "mlp_bias": (False,), "multi_query_attention": (False,),
+    "partial_rotary_factor": (1,),
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -83,6 +91,11 @@ class PublishedConfig:
             value = getattr(result, key)
             if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise ValueError(f"{cls.FAMILY} config: {key} must be a positive number, got {value!r}")
+        for key in ("max_position_embeddings", "max_sequence_length"):
+            length = getattr(result, key, 1)
+            if type(length) is not int or length < 1:
+                raise ValueError(f"{cls.FAMILY} config: {key} must be a positive integer, got {length!r}")
+        result._refuse_changes()
         rows, mask = getattr(result, "vocabulary_rows", result.vocab_size), result.mask_token_id
         if mask is not None and (type(mask) is not int or not 0 <= mask < rows):
             raise ValueError(f"{cls.FAMILY} config: mask_token_id must be one of {rows} ids, got {mask!r}")
@@ -91,6 +104,19 @@ class PublishedConfig:
 
     def check(self) -> None:
         """Raise ``ValueError`` naming the sizes that do not fit each other."""
+
+    def _refuse_changes(self) -> None:
+        """Raise ``ValueError`` naming a key of ``extra`` that changes what is computed."""
+        for key, harmless in CHANGES.items():
+            value = self.extra.get(key)
+            if key not in self.FIXED and value is not None and value not in harmless:
+                raise ValueError(f"{self.FAMILY} config: {key} is not computed here, got {str(value)[:80]}")
+        kinds = {str(kind) for kind in self.extra.get("layer_types") or ()} - {"full_attention"}
+        if kinds:
+            raise ValueError(
+                f"{self.FAMILY} config: only layer_types of 'full_attention' are computed here, got "
+                f"{', '.join(sorted(kinds))}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to ``config.json``."""

@@ -57,11 +57,6 @@ class LLaDA2Config(BlockCausalConfig):
 
     def check(self) -> None:
         super().check()
-        if self.extra.get("expert_capacity") is not None:
-            raise ValueError(
-                "LLaDA2 config: expert_capacity routes the tokens of a block together (LLaDA2.2), which is "
-                f"not computed here, got {self.extra['expert_capacity']!r}"
-            )
         if self.num_experts % self.n_group or self.n_group < self.topk_group:
             raise ValueError(
                 "LLaDA2 config: num_experts must be a multiple of n_group and topk_group at most n_group, "
