@@ -197,12 +197,9 @@ def _block_bytes(
     # RoPE in float32: the input (a copy unless it is float32), two products and their sum.
     turning = (4 if size < 4 else 3) * max(4, size)
     projected = 2 * d + n + 2 * m  # residual stream, normed input, query, key, value
-    if compact:
-        attention = projected * size + max(turning * (n + m), size * (n + m + n + d))
-    else:
-        attention = projected * size + max(
-            turning * n, n * size + turning * m, size * (n + m + n), size * (n + d)
-        )
+    turned = max(turning * n, n * size + turning * m)
+    attended = n + m + n + d if compact else max(n + m + n, n + d)
+    attention = projected * size + max(turned, size * attended)
     # Two residual streams (the caller still holds the block's input) and the normed one.
     up = (3 if compact else 2) * channels if geometry.mlp_matrices == 3 else channels
     mlp = size * (3 * d + up + channels)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sinkprune import ops
 from sinkprune.models.modules import AttentionCall, AttentionObserver
+from sinkprune.models.norm import gated
 from sinkprune.models.rotary import rotary_table
-from sinkprune.ops import elementwise
 
 Config = TypeVar("Config", bound="PublishedConfig")
 # Keys that change what is computed, of no native family: packed weights, and other rotary tables.
@@ -168,7 +168,7 @@ class GatedMLP(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """What the down projection gets, ``[..., channels]``."""
-        return skip_channels(elementwise.swiglu(self.gate_proj(x), self.up_proj(x)), self.kept_channels)
+        return skip_channels(gated(x, self.gate_proj, self.up_proj), self.kept_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.hidden(x))

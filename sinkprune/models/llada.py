@@ -20,8 +20,7 @@ from sinkprune.models.caches import Cache, key_positions
 from sinkprune.models.common import DLMOutput, PublishedConfig, skip_channels
 from sinkprune.models.features import LayerParts
 from sinkprune.models.modules import KeyValueCache, Rotary, SinkPrunedAttention, run_layer
-from sinkprune.models.norm import RMSNorm
-from sinkprune.ops import elementwise
+from sinkprune.models.norm import RMSNorm, gated
 
 
 @dataclass(kw_only=True)
@@ -163,7 +162,7 @@ class LLaDABlock(BidirectionalAttention):
         return self.attn_out(self.attended_heads(x, cos, sin, key_padding_mask, cache, cached_rotary))
 
     def _feed(self, x: Tensor) -> Tensor:
-        hidden = elementwise.swiglu(self.ff_proj(x), self.up_proj(x))
+        hidden = gated(x, self.ff_proj, self.up_proj)
         return self.ff_out(skip_channels(hidden, self.kept_channels))
 
 

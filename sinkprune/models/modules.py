@@ -291,8 +291,7 @@ def run_layer(
     """A pre-norm block on ``x`` ``[B, L, hidden]``: attention, then the MLP, each with its norm and added."""
     if is_gone(attend) or is_gone(feed):
         return added(added(x, norms[0], attend, *seen, **cached), norms[1], feed)
-    attended = attend(norms[0](x), *seen, **cached)
-    normed, x = add_and_norm(x, attended, norms[1])
+    normed, x = add_and_norm(x, attend(norms[0](x), *seen, **cached), norms[1])
     return x + feed(normed)
 
 

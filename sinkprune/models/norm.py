@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune.ops import elementwise
@@ -24,10 +25,18 @@ class RMSNorm(nn.Module):
 
 def add_and_norm(x: Tensor, added: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """``(norm(x + added), x + added)``."""
-    if _bare(norm):
+    if x.is_cuda and _bare(norm):
         return elementwise.add_rms_norm(x, added, norm.weight, norm.eps)
     x = x + added
+    del added  # what is summed is gone before the norm makes more
     return norm(x), x
+
+
+def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
+    """``silu(gate(x)) * up(x)``, in one pass on CUDA; elsewhere the gate is gone before ``up`` runs."""
+    if x.is_cuda:
+        return elementwise.swiglu(gate(x), up(x))
+    return F.silu(gate(x)) * up(x)
 
 
 def norm_and_rotate(
