@@ -108,7 +108,9 @@ def measure(draws: int, out: Path, cells: Sequence[str] = CELLS, *, quick: bool 
     sizes = Sizes(4, 1, 1) if quick else Sizes(windows=32, draws=1)
     sequences, draws = (1, 1) if quick else (12, draws)
     settings = {"windows": sizes.windows, "masks": sizes.draws, "draws": draws, "rows": sequences}
-    rows = Rows(out / "small.json", settings | {"length": 128})
+    rows = Rows(
+        out / "small.json", settings | {"length": 128, "reconstruction": "tokens by their own states"}
+    )
     SmallStudy(SmallSubject(sizes, sequences), rows, draws).measure(cells)
     return rows
 

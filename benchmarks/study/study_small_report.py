@@ -28,11 +28,12 @@ above the dense model, judged in bfloat16 on {windows} windows of {length} token
 half as many of the King James Bible; calibrated on {rows} windows at three noise levels; intervals 95 %,
 paired over windows and over as many calibration draws as a cell has."""
 
-STREAM = """These rows are of rules that divided by the plain mean square of the stream *after the block*, and
-`reconstruction` of centred inputs. On this model that mean is up to 55 times a typical token's, since a few
-tokens carry huge activations from layer 11 on, and layer 0's attention writes to a stream five hundred times
-smaller than what its MLP makes of it: the default emptied layer 0 and the middle. Rules of a stream
-(`reconstruction`, `fluctuation`, `sink_removed`) are measured anew when they are mended."""
+STREAM = """Measured before `reconstruction` weighed every token by its own hidden state: `reconstruction`
+here is what `reconstruction:alike=true` is now, and rows of the new default are not measured
+yet. Why it was mended: the mean square of the stream, by which `reconstruction`, `fluctuation`
+and `sink_removed` divided, is up to 55 times a typical token's on this model, since a few
+tokens carry huge activations from layer 11 on; and layer 0's attention writes to a stream five
+hundred times smaller than what its MLP makes of it. The default emptied layer 0 and the middle."""
 
 
 def section(found: Rows, claims: Rows | None = None) -> str:
