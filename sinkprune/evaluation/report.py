@@ -121,29 +121,36 @@ def compare(
 
 
 @torch.inference_mode()
-def measure_speed(dense: nn.Module, pruned: nn.Module, plan: PrunePlan) -> dict[str, Any]:
-    """Milliseconds of a forward of ``[1, SPEED_LENGTH]``, both sides interleaved, their ratio and its
+def measure_speed(
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: PrunePlan,
+    *,
+    length: int = SPEED_LENGTH,
+    rounds: int = ROUNDS,
+) -> dict[str, Any]:
+    """Milliseconds of a forward of ``[1, length]``, both sides interleaved, their ratio and its
     ceiling."""
     device = next(dense.parameters()).device.type
     geometry = adapter_for(dense).geometry()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, geometry.vocabulary, (1, SPEED_LENGTH), generator=generator).to(device)
+    ids = torch.randint(0, geometry.vocabulary, (1, length), generator=generator).to(device)
     timings, ratios = interleaved(
-        {"dense": lambda: dense(ids), "pruned": lambda: pruned(ids)}, repeats=ROUNDS, device=device
+        {"dense": lambda: dense(ids), "pruned": lambda: pruned(ids)}, repeats=rounds, device=device
     )
     return {
         "batch": 1,
-        "length": SPEED_LENGTH,
+        "length": length,
         "device": device,
         "dtype": str(next(dense.parameters()).dtype).removeprefix("torch."),
-        "rounds": ROUNDS,
+        "rounds": rounds,
         "dense_ms_per_step": timings["dense"].median,
         "pruned_ms_per_step": timings["pruned"].median,
         "dense_p20_p80": [timings["dense"].p20, timings["dense"].p80],
         "pruned_p20_p80": [timings["pruned"].p20, timings["pruned"].p80],
         "ratio": ratios["pruned"],
-        "ceiling": ceiling(geometry, plan, 1, SPEED_LENGTH),
-        "ceilings": ceilings(dense, plan, 1, SPEED_LENGTH, roofs(device)),
+        "ceiling": ceiling(geometry, plan, 1, length),
+        "ceilings": ceilings(dense, plan, 1, length, roofs(device)),
     }
 
 
