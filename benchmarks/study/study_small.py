@@ -7,6 +7,7 @@ Its forwards cost thirty of tiny's, so that not every rule is measured at every 
 | cells | heads or parameters | rules | removed | draws |
 |---|---|---|---|---|
 | ``rules`` | heads | all of ``study_heads.CRITERIA`` but ``ALIKE`` | 38 % | 1 |
+| | the same, repaired by ``least_squares_cv`` | the default | 38 % of heads; 38, 50 % of parameters | 1 |
 | | block parameters | the default; ``random`` at 38 % | 12.5, 25, 38, 50, 62 % | 1 |
 | | block parameters | the default, channels by every rule | 38 % | 1 |
 | ``draws`` | heads | ``LEADING`` | 38, 62 % | all |
@@ -46,6 +47,8 @@ HIGH = 0.62
 RATIOS = (0.125, 0.25, HEADLINE, 0.5, HIGH)
 REPAIRS = (None, "least_squares")
 CELLS = ("rules", "draws")
+ALIKE_TOKENS = "reconstruction:alike=true"  # the default as it was before small was there
+CHOSEN_RIDGE = "least_squares_cv"
 
 
 class SmallSubject(HeadSubject):
@@ -78,9 +81,14 @@ class SmallStudy(Study):
 
     def _every_rule(self) -> None:
         rest = (rule for rule in CRITERIA if rule not in (*LEADING, *ALIKE))
-        for criterion in (*LEADING, *rest):
+        for criterion in (*LEADING, *rest, ALIKE_TOKENS):
             for repair in REPAIRS:
                 self.heads_row(criterion, 0, HEADLINE, repair=repair)
+        for criterion in (DEFAULT_CRITERION, ALIKE_TOKENS):
+            self.heads_row(criterion, 0, HEADLINE, repair=CHOSEN_RIDGE)
+        for repair in (*REPAIRS, CHOSEN_RIDGE):
+            for ratio in (HEADLINE, 0.5):
+                self.parameters_row(DEFAULT_CRITERION, CHANNEL_RULE, 0, ratio, repair)
         for ratio in RATIOS:
             for criterion in (DEFAULT_CRITERION, "random") if ratio == HEADLINE else (DEFAULT_CRITERION,):
                 for repair in REPAIRS:
