@@ -35,10 +35,11 @@ half as many of the King James Bible; calibrated on {rows} windows at three nois
 paired over windows and over as many calibration draws as a cell has."""
 
 STREAM = """`reconstruction:alike=true` is what `reconstruction` was before it weighed every token by its own
-hidden state. The mean square of the stream, by which that form, `fluctuation` and `sink_removed` divide, is
-up to 55 times a typical token's on this model, since a few tokens carry huge activations from layer 11 on;
-and layer 0's attention writes to a stream five hundred times smaller than what its MLP makes of it. So they empty
-layer 0 and the middle. On tiny, where no token is like that, both forms keep the same heads at 38 %."""
+hidden state. The mean square of the stream, by which that form, `fluctuation` and `sink_removed`
+divide, is up to 55 times a typical token's on this model, since a few tokens carry huge activations
+from layer 11 on; and layer 0's attention writes to a stream five hundred times smaller than what
+its MLP makes of it. So they empty layer 0 and the middle. On tiny, where no token is like that,
+both forms keep the same heads at 38 %."""
 RIDGE = """The ridge of the repair, by the default rules, one draw: `least_squares` has a fixed one,
 `least_squares_cv` takes for every projection the one that does best on positions that were not fitted."""
 
