@@ -295,8 +295,6 @@ class Adapter(ABC):
             except ValueError:  # a family that names none, or a tree that it can't read: it says so itself
                 continue
             channels = True if kept_channels is None else kept_channels[layer]
-            if channels == [] and not replaced:
-                raise ValueError(f"layer {layer} keeps no channels: keep one, or use mode='mask'")
             for role, linear in linears.items():
                 if channels is not None or role in ("q", "k", "v", "qkv", "o"):
                     require_plain(layer, role, linear, hooks=replaced)
@@ -432,16 +430,6 @@ def require_plain(layer: int, role: str, linear: nn.Module | None, *, hooks: boo
         )
     if hooks and (linear._forward_hooks or linear._forward_pre_hooks):
         raise ValueError(f"{what} with forward hooks, which would be lost: remove them first")
-
-
-def require_repackable(layer: int, kept_heads: list[int], linears: dict[str, nn.Module], owner: str) -> None:
-    """Raise ``ValueError`` where ``owner``'s code can't run with ``linears`` made smaller in place."""
-    if not kept_heads:
-        raise ValueError(
-            f"layer {layer} keeps no heads, and {owner} needs one: plan with min_heads=1, or use mode='mask'"
-        )
-    for role, linear in linears.items():
-        require_plain(layer, role, linear, hooks=False)
 
 
 def modules_of(block: nn.Module, names: dict[str, str]) -> dict[str, nn.Module]:

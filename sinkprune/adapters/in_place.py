@@ -4,13 +4,15 @@ code and their hooks."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinkprune import ops
-from sinkprune.adapters.base import Adapter, require_eval, require_repackable
+from sinkprune.adapters.base import Adapter, require_eval, require_plain
 from sinkprune.models.modules import AttentionObserver
 
 _CHANNELS = "sinkprune_channels"  # the buffer that MLPs' last matrices get
@@ -38,18 +40,23 @@ class Selection(nn.Module):
 
 
 class Smaller(nn.ModuleDict):
-    """A layer's smaller linear layers by role; of attention, also the key/value head of each query head."""
+    """A layer's smaller linear layers by role; of attention, also the key/value head of each query head and
+    the features of a head."""
 
-    def __init__(self, linears: dict[str, nn.Module], kv_head_of: list[int] | None = None) -> None:
+    def __init__(
+        self, linears: dict[str, nn.Module], kv_head_of: list[int] | None = None, width: int = 0
+    ) -> None:
         super().__init__(linears)
-        self.kv_head_of = kv_head_of
+        self.kv_head_of, self.width = kv_head_of, width
 
 
 class InPlaceAdapter(Adapter):
     """An adapter that leaves a model's modules where they are. Roles: ``q k v o``, or ``qkv o`` with rows
-    [Q | K | V]; ``gate up down``, ``gate_up down`` or ``up down``."""
+    [Q | K | V]; ``gate up down``, ``gate_up down`` or ``up down``.
 
-    runs_in: ClassVar[str]  # whose code runs the smaller matrices, for messages
+    An attention that is gone runs on one head of zeros, which no weight makes and nothing reads: somebody
+    else's code knows no fewer, and its caches say by the first layer how long they are.
+    """
 
     @abstractmethod
     def attention_linears(self, layer: int) -> dict[str, nn.Module]:
@@ -73,6 +80,11 @@ class InPlaceAdapter(Adapter):
     def select(self, layer: int, heads: Tensor | None) -> None:
         """Skip all heads but these."""
 
+    def attending(self) -> list[int]:
+        """The layers whose attention is there to be observed."""
+        layers = range(len(self.blocks()))
+        return [i for i in layers if self.form != "compact" or self.kept_heads(i)]
+
     @property
     def dropout(self) -> float | None:
         """Of attention, as the config has it."""
@@ -87,7 +99,8 @@ class InPlaceAdapter(Adapter):
             linears = dict(self.attention_linears(layer))
             if channels is not None:
                 linears |= self.mlp_linears(layer)
-            require_repackable(layer, kept_heads[layer], linears, self.runs_in)
+            for role, linear in linears.items():
+                require_plain(layer, role, linear, hooks=False)
 
     @torch.no_grad()
     def compact(
@@ -101,6 +114,7 @@ class InPlaceAdapter(Adapter):
         attention = Smaller(
             {r: _narrow(m, pieces[r], width, r == "o") for r, m in self.attention_linears(layer).items()},
             [used.index(owner[head]) for head in kept_heads],
+            width,
         )
         if kept_channels is None:
             return attention, None
@@ -115,8 +129,12 @@ class InPlaceAdapter(Adapter):
             _take_over(self.mlp_linears(layer), mlp)
         if not isinstance(attention, Smaller) or attention.kv_head_of is None:
             return
-        _take_over(self.attention_linears(layer), attention)
+        linears = self.attention_linears(layer)
+        _take_over(linears, attention)
         owner = attention.kv_head_of
+        if not owner:
+            owner = [0]
+            _one_head_of_zeros(linears, attention.width)
         group = max(1, len(owner) // max(1, len(set(owner))))
         index = None
         if owner != [head // group for head in range(len(owner))]:
@@ -134,6 +152,23 @@ class InPlaceAdapter(Adapter):
             keep = torch.zeros(cast(nn.Linear, down).in_features, dtype=torch.bool, device=channels.device)
             down.register_buffer(_CHANNELS, keep.index_fill(0, channels, True), persistent=False)
             down.register_forward_pre_hook(_zero_channels)
+
+
+def _one_head_of_zeros(linears: dict[str, nn.Module], width: int) -> None:
+    """Make ``linears`` without heads give and take one of ``width`` features, which is zero."""
+    for role, linear in linears.items():
+        if role == "o":
+            linear.register_forward_pre_hook(_take_nothing)
+        else:
+            linear.register_forward_hook(partial(_give_zeros, width * len(role)))
+
+
+def _take_nothing(output: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0][..., :0], *args[1:])
+
+
+def _give_zeros(features: int, linear: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    return F.pad(out, (0, features))
 
 
 def _keep_all_channels(down: nn.Module) -> None:

@@ -107,8 +107,6 @@ class LiveAttention(Selection):
 class LiveAdapter(InPlaceAdapter):
     """An adapter of upstream code: a family says where its layers, projections and attention call are."""
 
-    runs_in = "the upstream code"
-
     @abstractmethod
     def sites(self) -> list[nn.Module]:
         """Of every layer, the module that holds the attention call."""
@@ -238,15 +236,16 @@ class LiveAdapter(InPlaceAdapter):
         if isinstance(laid_out, CompactMLP):
             own = self.mlp_weights(layer)
             gate, down = cast(Tensor, own.gate), own.down
-            biases = [bias for bias in (own.gate_bias, own.up_bias) if bias is not None]
+            biases = [bias for bias in (own.gate_bias, own.up_bias) if bias is not None and len(bias)]
             return CompactMLP(
                 torch.cat((gate, own.up)), down, torch.cat(biases) if biases else None, own.down_bias
             )
         owner = laid_out.kv_head_of
+        shared = None if owner is None else owner.tolist()
         return SinkPrunedAttention.from_projections(
             **vars(self.attention_weights(layer)),
             head_dim=laid_out.head_dim,
-            kv_head_of=None if owner is None else owner.tolist(),
+            kv_head_of=shared if laid_out.num_heads else [],
         )
 
     def resized(self, layer: int, kv_head_of: list[int], group: int, index: Tensor | None) -> None:
@@ -262,13 +261,13 @@ class LiveAdapter(InPlaceAdapter):
 
     def observe(self, observer: LayerObserver | None) -> None:
         with self._alone():
-            for layer in range(len(self.sites())):
+            for layer in self.attending():
                 self._live(layer).observer = None if observer is None else partial(observer, layer)
                 self._release(layer)
 
     def observed(self) -> bool:
-        live = self.sites()[0]._modules.get(_NAME)
-        return live is not None and live.observer is not None
+        found = (cast(Any, site._modules.get(_NAME)) for site in self.sites())
+        return any(live is not None and live.observer is not None for live in found)
 
     def _alone(self) -> threading.RLock:
         """This model's lock."""

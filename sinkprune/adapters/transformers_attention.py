@@ -137,7 +137,6 @@ class TransformersAdapter(InPlaceAdapter):
     A family names its layers and where their matrices are.
     """
 
-    runs_in = "transformers' attention"
     head_dim_name = "head_dim"  # of the attention module
 
     @classmethod
@@ -277,14 +276,15 @@ class TransformersAdapter(InPlaceAdapter):
         return selection_of(self._attention(layer))
 
     def observe(self, observer: LayerObserver | None) -> None:
-        for layer in range(len(self.blocks())):
+        for layer in self.attending():
             selection = self._selection(layer)
             selection.observer = None if observer is None else partial(observer, layer)
         self._switch()
 
     def observed(self) -> bool:
-        selection = self._attention(0)._modules.get(_SELECTION)
-        return selection is not None and selection.observer is not None
+        layers = range(len(self.blocks()))
+        found = (cast(Any, self._attention(layer)._modules.get(_SELECTION)) for layer in layers)
+        return any(selection is not None and selection.observer is not None for selection in found)
 
     def _switch(self) -> None:
         """Turn attention modules to our attention where something of ours is active, the others back."""

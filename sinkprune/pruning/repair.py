@@ -171,7 +171,7 @@ def _fits(adapter: Adapter, plan: PrunePlan, layer: int) -> list[tuple[nn.Linear
     if "down" in linears:
         down = linear(linears["down"])
         channels = range(down.in_features) if kept.kept_channels is None else kept.kept_channels
-        found.append((down, torch.tensor(list(channels), device=device)))
+        found.append((down, torch.tensor(list(channels), dtype=torch.long, device=device)))
     return found
 
 

@@ -357,15 +357,6 @@ def test_what_cannot_be_pruned_is_refused_by_name_before_anything_changes(change
     assert_untouched(model)
 
 
-def test_a_layer_without_heads_can_be_masked_and_is_refused_for_compact():
-    model, ids, heads = llada_twin(), tokens(2, 9), [[0, 1], [], [2]]
-    with pytest.raises(ValueError, match=r"layer 1 keeps no heads.*min_heads=1"):
-        sp.apply(model, manual_plan(model, heads))
-    assert_untouched(model)
-    expected = zeroed_by_hand(model, heads)(ids).logits
-    close(sp.apply(model, manual_plan(model, heads), mode="mask")(ids).logits, expected)
-
-
 def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     model, ids = llada_twin(n_kv_heads=2), tokens(2, 9)
     before, dense, original, calls = bits(model), model(ids).logits, ops.gather_heads, []

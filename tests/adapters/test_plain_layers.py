@@ -109,23 +109,3 @@ def test_fusing_a_model_that_keeps_its_modules_is_refused_and_it_can_be_planned(
         sp.fuse(model)
     assert adapter_for(model).form == "dense"
     sp.plan(model, ratio=0.3, criterion="magnitude")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_without_channels_equals_zeros_and_is_refused_compact_where_modules_stay(family):
-    model = FAMILIES[family]().eval()
-    plan = sp.plan(model, ratio=0.0, criterion="magnitude")
-    plan.layers[1] = type(plan.layers[1])(plan.layers[1].kept_heads, [])
-    expected = copy.deepcopy(model)
-    nn.init.zeros_(adapter_for(expected).linears(1)["down"].weight)
-    ids = torch.arange(3, 21).view(2, 9)
-    modes = ["mask"]
-    if family == "native":
-        modes.append("compact")
-    else:
-        with pytest.raises(ValueError, match="layer 1 keeps no channels"):
-            sp.apply(model, plan)
-    with torch.no_grad():
-        for mode in modes:
-            pruned = sp.apply(copy.deepcopy(model), plan, mode=mode)
-            torch.testing.assert_close(pruned(ids).logits, expected(ids).logits)
