@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,16 @@ class Geometry:
         """Routed experts of ``layer``; 0 where its MLP is dense."""
         return 0 if self.experts is None else self.experts.count[layer]
 
+    def of_layers(self, layers: list[int]) -> Geometry:
+        """Of a model with these layers alone, in this order."""
+        heads, kv_heads, channels = (
+            tuple(sizes[i] for i in layers) for sizes in (self.heads, self.kv_heads, self.channels)
+        )
+        experts = self.experts
+        if experts is not None:
+            experts = replace(experts, count=tuple(experts.count[i] for i in layers))
+        return replace(self, heads=heads, kv_heads=kv_heads, channels=channels, experts=experts)
+
     def agrees(self, other: Geometry) -> bool:
         """Whether both are of one model, as far as both say."""
         unsaid = self.experts is None or other.experts is None
@@ -150,6 +160,11 @@ class LayerPlan:
     def dense_channels(self) -> list[int] | None:
         """``kept_channels`` of a dense MLP; None where a mixture of experts goes as a whole."""
         return None if self.kept_experts == [] else self.kept_channels
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether a layer with a dense MLP keeps nothing."""
+        return self.kept_heads == [] and self.kept_channels == [] and self.kept_experts is None
 
     @property
     def takes_experts(self) -> bool:

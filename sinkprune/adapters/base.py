@@ -83,6 +83,7 @@ class Adapter(ABC):
     ] = ()  # names of those in ``sinkprune.models.caches`` that the model takes
     shift: ClassVar[int] = 0  # 1 where a row of the model's logits is about the next token
     seeds: ClassVar[bool] = False  # whether a block's first token is filled alone, from what is before it
+    hands_on: ClassVar[bool] = True  # whether a block that writes nothing gives what enters it, at any place
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

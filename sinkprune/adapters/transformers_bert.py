@@ -17,6 +17,7 @@ class TransformersBert(TransformersAdapter):
     matrices: ``intermediate.dense``, ``output.dense``."""
 
     family = "transformers encoder (BERT)"
+    hands_on = False  # it norms what it adds to
     facts = Facts("BERT", export="channels alone: num_attention_heads fixes the width of a head")
     head_dim_name = "attention_head_size"
     mlp_matrices = 2

@@ -13,6 +13,7 @@ class TransformersModernBert(TransformersAdapter):
     """``layers.{i}.attn.{Wqkv,Wo}`` and ``layers.{i}.mlp.{Wi,Wo}``, whose ``Wi`` is gate and up in one."""
 
     family = "transformers encoder (ModernBERT)"
+    hands_on = False  # what it does depends on its number
     facts = Facts("ModernBERT", export="channels alone: num_attention_heads fixes the width of a head")
 
     @staticmethod

@@ -67,6 +67,8 @@ def _sizes(architecture: Architecture, trimmed: Trimmed, layer: int) -> str | No
             return uneven
         if not heads:
             return "has no heads"
+    if not geometry.channels[layer] and not trimmed.experts[0]:
+        return "has no MLP, and llama.cpp skips the attention of such a layer as well"
     if not architecture.free_width and heads * geometry.head_dim != geometry.hidden:
         return (
             f"has {heads} heads of {geometry.head_dim} features, and side by side they must be as wide as "

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.checkpoints.checkpoint import describe_model
 from sinkprune.checkpoints.layout import lay_out_config
+from sinkprune.checkpoints.trees import layers_left, renamed
 from sinkprune.models.marks import plan_of
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.transformers_native import is_transformers_native
 from sinkprune.plans import Experts, Geometry, PrunePlan, expert_sizes, layer_sizes
 
-# Keys of a config.json: query heads, key/value heads, features of a head, channels
-_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-_LLADA_KEYS = ("n_heads", "n_kv_heads", None, "mlp_hidden_size")  # its heads share d_model
+# Keys of a config.json: query heads, key/value heads, features of a head, channels, layers
+_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "num_hidden_layers")
+_LLADA_KEYS = ("n_heads", "n_kv_heads", None, "mlp_hidden_size", "n_layers")  # its heads share d_model
 
 
 def smaller(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The dense model that a compact ``model`` equals, over its tensors, and its config.
+    """The dense model that a compact ``model`` equals, over its tensors, and its config; it has fewer layers
+    where whole blocks are gone.
 
     Raises:
         ValueError: a plan that is not uniform (naming the layers), or sizes or a repair's biases that the
@@ -30,12 +32,14 @@ def smaller(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     config, adapter = describe_model(model), adapter_for(model)
     plan = plan_of(model)
     assert plan is not None
+    here = layers_left(model)
+    plan = replace(plan, geometry=plan.geometry.of_layers(here), layers=[plan.layers[i] for i in here])
     kept = _kept_sizes(plan)
-    _check_uniform(plan, kept)
-    small, config = _lay_out(config, plan, kept)
+    _check_uniform(plan, kept, here)
+    small, config = _lay_out(config, plan, kept, here)
     if plan.details.get("repair", {"biases": False}).get("biases", True):
         _check_biases(adapter_for(small))
-    _fill(small, model, adapter)
+    _fill(small, model, adapter, here)
     return small, config
 
 
@@ -66,7 +70,7 @@ def _kept_experts(plan: PrunePlan) -> Experts | None:
     return replace(dense, count=tuple(count for count, _ in sizes), channels=of_experts[0][1])
 
 
-def _check_uniform(plan: PrunePlan, kept: Geometry) -> None:
+def _check_uniform(plan: PrunePlan, kept: Geometry, here: list[int]) -> None:
     pruned = [i for i, layer in enumerate(plan.layers) if layer.kept_channels is not None]
     channels = [kept.channels[i] for i in pruned]
     for what, sizes, layers in (
@@ -76,8 +80,9 @@ def _check_uniform(plan: PrunePlan, kept: Geometry) -> None:
     ):
         for layer, size in zip(layers, sizes, strict=True):
             if size != sizes[0]:
+                first, other = here[layers[0]], here[layer]
                 raise ValueError(
-                    f"the plan is not uniform: layer {layers[0]} keeps {sizes[0]} {what} and layer {layer} "
+                    f"the plan is not uniform: layer {first} keeps {sizes[0]} {what} and layer {other} "
                     f"{size}; plan with allocation='uniform', whole_groups=True and a ratio that takes as "
                     "many of every layer, or save() it as it is"
                 )
@@ -86,16 +91,21 @@ def _check_uniform(plan: PrunePlan, kept: Geometry) -> None:
         shares = {owner.count(head) for head in owner}
         if len(shares) != 1:
             raise ValueError(
-                f"the plan is not uniform: layer {layer} keeps {sorted(shares)} query heads of its key/value "
-                "heads; plan with whole_groups=True, or save() it as it is"
+                f"the plan is not uniform: layer {here[layer]} keeps {sorted(shares)} query heads of its "
+                "key/value heads; plan with whole_groups=True, or save() it as it is"
             )
 
 
-def _lay_out(config: dict[str, Any], plan: PrunePlan, kept: Geometry) -> tuple[nn.Module, dict[str, Any]]:
+def _lay_out(
+    config: dict[str, Any], plan: PrunePlan, kept: Geometry, here: list[int]
+) -> tuple[nn.Module, dict[str, Any]]:
     """The smaller dense model on ``meta`` and its config. Raises ``ValueError`` where no config says it."""
-    heads, kv_heads, head_dim, channels = _LLADA_KEYS if "n_heads" in config else _KEYS
+    heads, kv_heads, head_dim, channels, layers = _LLADA_KEYS if "n_heads" in config else _KEYS
     pruned = [i for i, layer in enumerate(plan.layers) if layer.kept_channels is not None]
     config = dict(config)
+    if len(here) < config[layers]:
+        kinds = config.get("layer_types")
+        config |= {layers: len(here)} | ({"layer_types": [kinds[i] for i in here]} if kinds else {})
     if kept.kv_heads != plan.geometry.kv_heads or kept.heads != plan.geometry.heads:
         config |= {heads: kept.heads[0], kv_heads: kept.kv_heads[0]}
         config |= {head_dim: kept.head_dim} if head_dim else {}
@@ -137,23 +147,34 @@ def _inexpressible(kept: Geometry, reason: str) -> str:
     )
 
 
-def _fill(small: nn.Module, model: nn.Module, adapter: Adapter) -> None:
-    """Give ``small`` the tensors of the compact ``model``, not copied."""
+def _fill(small: nn.Module, model: nn.Module, adapter: Adapter, here: list[int]) -> None:
+    """Give ``small`` the tensors of the layers ``here`` of the compact ``model``, not copied."""
     wanted = small.state_dict()
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
+    new = dict(zip(here, _paths(small, adapter_for(small)), strict=True))
+    given = renamed(
+        model.state_dict(), {path: new.get(layer) for layer, path in enumerate(_paths(model, adapter))}
+    )
+    tensors = {name: tensor for name, tensor in given.items() if name in wanted}
     if not is_transformers_native(model):  # transformers' modules kept their names
-        tensors |= _unpacked(small, adapter)
+        tensors |= _unpacked(small, adapter, here)
     small.load_state_dict(tensors, assign=True)
     if is_transformers_native(model):
         cast(Any, small).tie_weights()
 
 
-def _unpacked(small: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+def _paths(model: nn.Module, adapter: Adapter) -> list[str]:
+    """What each of the blocks is called."""
+    names = {module: name for name, module in model.named_modules()}
+    return [names[block] for block in adapter.blocks()]
+
+
+def _unpacked(small: nn.Module, adapter: Adapter, here: list[int]) -> dict[str, Tensor]:
     """The compact layers' tensors under the names of the dense linear modules and norms of ``small``."""
     target = adapter_for(small)
     names = {module: name for name, module in small.named_modules()}
     tensors: dict[str, Tensor] = {}
-    for layer, block in enumerate(adapter.blocks()):
+    blocks = adapter.blocks()
+    for layer, block in enumerate(blocks[i] for i in here):
         linears, weights = target.linears(layer), target.attention_weights(layer)
         roles: dict[str, Any] = {**linears, "q_norm": weights.q_norm, "k_norm": weights.k_norm}
         for packed in block.modules():

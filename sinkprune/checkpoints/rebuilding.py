@@ -47,8 +47,11 @@ def rebuilt(
             raise ValueError("the plan does not fit the config that comes with it")
         lay_out(model, plan)
     tree = LLADA if any(name.startswith(LLADA.embedding) for name in tensors) else LLAMA
-    found = _packed(model, tree, tensors)
-    wanted = model.state_dict()
+    if plan is not None:
+        tensors = _numbered(plan, tree, tensors)
+    found, wanted = _packed(model, tree, tensors), model.state_dict()
+    if plan is not None:
+        found |= _nothing(plan, tree, {k: v for k, v in wanted.items() if k not in found}, tensors)
     if tree.head + ".weight" in wanted and tree.head + ".weight" not in found:
         found[tree.head + ".weight"] = found[tree.embedding + ".weight"]
     unexpected, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
@@ -87,6 +90,34 @@ def read_trimmed(
     return rebuilt(manifest["config"], plan, published_tensors(tensors, tree), device=device, dtype=dtype)
 
 
+def _numbered(plan: PrunePlan, tree: Tree, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` by the numbers of the plan's layers, where those that are gone were left out."""
+    before = tree.layer.format("")
+    numbers = {name.removeprefix(before).partition(".")[0] for name in tensors if name.startswith(before)}
+    here = [layer for layer, kept in enumerate(plan.layers) if not kept.is_gone]
+    if len(numbers) == len(plan.layers) or len(numbers) != len(here):
+        return tensors
+    return tree.renumbered(tensors, dict(enumerate(here)))
+
+
+def _nothing(
+    plan: PrunePlan, tree: Tree, missing: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Those of the ``missing`` tensors that a file need not hold: empty ones, and norms before nothing."""
+    norms = set()
+    for layer, kept in enumerate(plan.layers):
+        parts = ("attn_norm", "attn_q_norm", "attn_k_norm") if not kept.kept_heads else ()
+        norms |= {
+            tree.name(layer, part) for part in (*parts, *(("ffn_norm",) if kept.kept_channels == [] else ()))
+        }
+    dtype = tensors[f"{tree.embedding}.weight"].dtype
+    return {
+        name: torch.ones(shell.shape, dtype=dtype)
+        for name, shell in missing.items()
+        if shell.numel() == 0 or name in norms
+    }
+
+
 def _packed(model: nn.Module, tree: Tree, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """``tensors`` with those of compact modules packed as these hold them."""
     found = dict(tensors)
@@ -112,10 +143,4 @@ def _packed(model: nn.Module, tree: Tree, tensors: dict[str, Tensor]) -> dict[st
                 norm = found.pop(f"{block}.{tree.parts[part]}.weight", None)
                 if norm is not None:
                     found[f"{path}.{name}.weight"] = norm
-            if module.num_heads == 0:  # a file need not hold what is empty
-                for name in ("qkv_proj.weight", "o_proj.weight"):
-                    shell = module.get_parameter(name)
-                    found.setdefault(f"{path}.{name}", torch.empty(shell.shape))
-                before_nothing = f"{block}.{tree.parts['attn_norm']}.weight"
-                found.setdefault(before_nothing, torch.ones(model.get_parameter(before_nothing).shape))
     return found

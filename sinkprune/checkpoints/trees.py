@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
+from sinkprune.models.marks import plan_of
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.plans import Geometry
 
@@ -31,6 +32,11 @@ class Tree:
     def name(self, layer: int, part: str, kind: str = "weight") -> str:
         """The published name of a layer's tensor, such as ``("attn_q", "bias")``."""
         return f"{self.layer.format(layer)}.{self.parts[part]}.{kind}"
+
+    def renumbered(self, tensors: dict[str, Tensor], numbers: dict[int, int | None]) -> dict[str, Tensor]:
+        """``tensors`` with the layers by their new numbers, those of none left out."""
+        before = {n: None if m is None else self.layer.format(m) for n, m in numbers.items()}
+        return renamed(tensors, {self.layer.format(n): new for n, new in before.items()})
 
 
 LLADA = Tree(
@@ -107,6 +113,34 @@ class Trimmed:
         return [part for part in self.tree.parts if self.part(layer, part, "bias") is not None]
 
 
+def renamed(tensors: dict[str, Tensor], modules: dict[str, str | None]) -> dict[str, Tensor]:
+    """``tensors`` with those in ``modules`` by what these are called now, those of None left out."""
+    found = {}
+    for name, tensor in tensors.items():
+        old = next((module for module in modules if name.startswith(module + ".")), None)
+        new = "" if old is None else modules[old]
+        if new is not None:
+            found[new + name.removeprefix(old or "")] = tensor
+    return found
+
+
+def layers_left(model: nn.Module) -> list[int]:
+    """The layers without which ``model`` computes something else: not those that keep nothing, no bias
+    either."""
+    adapter, plan = adapter_for(model), plan_of(model)
+    layers = list(range(adapter.geometry().num_layers))
+    if plan is None or not adapter.hands_on or plan.geometry.experts is not None:
+        return layers
+    blocks = adapter.blocks()
+    return [i for i in layers if not plan.layers[i].is_gone or _biases_of_nothing(blocks[i])]
+
+
+def _biases_of_nothing(block: nn.Module) -> bool:
+    """Whether a linear module adds a bias to no inputs."""
+    linears = (m for m in block.modules() if isinstance(m, nn.Linear))
+    return any(m.in_features == 0 and m.bias is not None for m in linears)
+
+
 def trim(model: nn.Module) -> Trimmed:
     """What is left of ``model``, which may be dense, or compact by any plan.
 
@@ -126,7 +160,10 @@ def trim(model: nn.Module) -> Trimmed:
     _refuse(config, tensors)
     _check_known(tree, tensors)
     dense = adapter.geometry()
-    kept = _sizes(dense, tree, tensors)
+    here = layers_left(model)
+    kept = _sizes(dense, tree, tensors).of_layers(here)
+    numbers = {layer: here.index(layer) if layer in here else None for layer in range(dense.num_layers)}
+    tensors = tree.renumbered(tensors, numbers)
     count = getattr(config, "num_experts", None) or 0
     rope = getattr(config, "rope_parameters", None) or {}
     tokens = {role: getattr(config, f"{role}_token_id", None) for role in ("mask", "pad", "eos", "bos")}

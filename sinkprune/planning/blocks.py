@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -91,7 +91,7 @@ def by_blocks(
     for gone in range(count, len(order) + 1):
         out = {layer for layer, _ in order[:gone]}
         left = [layer for layer in layers if layer not in out]
-        small = _of_layers(geometry, left)
+        small = geometry.of_layers(left)
         units = head_units(small, scores[left], rules)
         spent = sum(works[layer] for layer in out)
         ratio = max(0.0, (budgeted - spent) / (total - spent))
@@ -163,13 +163,6 @@ def _nearest(works: list[int], budget: float) -> int:
         spent += works[count]
         count += 1
     return count
-
-
-def _of_layers(geometry: Geometry, layers: list[int]) -> Geometry:
-    heads, kv_heads, channels = (
-        tuple(sizes[i] for i in layers) for sizes in (geometry.heads, geometry.kv_heads, geometry.channels)
-    )
-    return replace(geometry, heads=heads, kv_heads=kv_heads, channels=channels)
 
 
 def _out_of_reach(budget: Budget, most: float, what: str) -> str:

@@ -22,6 +22,10 @@ UNEVEN = [[0, 1, 2], [1, 2, 3], [0, 1, 3]]
 CHANNELS = [[0, 7, 9], [1, 2, 3], [5, 6, 39]]
 
 
+def toy_llama():
+    return build("llama")
+
+
 def pruned(model, heads=WHOLE, channels=None):
     return sp.apply(model, manual_plan(model, heads, channels))
 
@@ -69,6 +73,47 @@ def test_a_native_llada2_becomes_a_smaller_llada2(tmp_path, heads):
     close(loaded(ids).logits, model(ids).logits)
     assert sp.adapter_for(loaded).geometry().heads == (2, 2, 2)
     assert sp.adapter_for(loaded).geometry().channels == (3, 70, 70)
+
+
+WITHOUT_ONE = ([[0, 1, 2, 3], [], [0, 1, 2, 3]], [None, [], None])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2, sliding"])
+def test_a_model_without_a_block_is_one_of_fewer_layers_to_transformers(tmp_path, name):
+    model = pruned(build(name, attention_bias=False) if name == "llama" else build(name), *WITHOUT_ONE)
+    folder = sp.export(model, tmp_path / "m")
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(loaded) is type(model) and not report["missing_keys"] and not report["unexpected_keys"]
+    assert len(loaded.model.layers) == loaded.config.num_hidden_layers == 2
+    ids, valid = padded("left")
+    close(loaded(ids, attention_mask=valid).logits, model(ids, attention_mask=valid).logits)
+
+
+@pytest.mark.parametrize(
+    "make", [toy, toy_dream, toy_sdar, toy_llama], ids=["llada", "dream", "sdar", "llama"]
+)
+@pytest.mark.parametrize("heads", [[0, 1, 2, 3], [1, 2]], ids=["blocks alone", "and heads"])
+def test_a_model_without_blocks_is_exported_and_read_back(tmp_path, make, heads):
+    """Alone as fewer layers of the family; beside heads that differ with our modelling file."""
+    ids, gone = tokens(2, 9), pruned(make(), [[], heads, [0, 1, 2, 3]], [[], None, None])
+    folder = sp.export(gone, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.get("n_layers", config.get("num_hidden_layers")) == 2
+    loaded, _ = sp.load(folder)
+    close(loaded(ids).logits, gone(ids).logits)
+    if (folder / "modeling_trimmed.py").exists():
+        assert loaded.prune_plan == gone.prune_plan
+    else:
+        assert len(heads) == 4 and len(sp.adapter_for(loaded).blocks()) == 2
+
+
+def test_a_block_whose_biases_are_left_stays_a_layer(tmp_path):
+    model, ids = toy_sdar(attention_bias=True), tokens(2, 9)
+    torch.nn.init.normal_(model.model.layers[1].self_attn.o_proj.bias)
+    gone = pruned(model, *WITHOUT_ONE)
+    folder = sp.export(gone, tmp_path / "m")
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
+    close(sp.load(folder)[0](ids).logits, gone(ids).logits)
 
 
 @pytest.mark.parametrize("model", [toy, toy_dream], ids=["llada", "dream"])

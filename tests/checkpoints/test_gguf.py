@@ -34,6 +34,9 @@ CASES = {
     "sdar, tied": ("sdar, tied", EQUAL, NARROW, "qwen3"),
     "illada": ("illada", EQUAL, NARROW, "llada"),
     "illada, ragged": ("illada", RAGGED, SOME, "deci"),
+    "llada, a layer gone": ("llada", [[0, 1, 2, 3], [], [0, 1, 2, 3]], [None, [], None], "llada"),
+    "dream, the first layer gone": ("dream", [[], [0, 1, 2, 3], [0, 1, 2, 3]], [[], None, None], "dream"),
+    "sdar, the last layer gone": ("sdar", [[0, 1, 2, 3], [0, 1, 2, 3], []], [None, None, []], "qwen3"),
     "rnd1": ("rnd1", EQUAL, None, "rnd1"),
     "llama": ("llama", EQUAL, NARROW, "llada"),
     "llama, biases, ragged": ("llama, biases", [[0], [2, 3], [0, 1, 3]], SOME, "deci"),
@@ -98,11 +101,13 @@ def test_a_file_is_read_back_bit_for_bit_with_its_plan(tmp_path, name):
     which, heads, channels, _ = CASES[name]
     model = made(which, heads, channels)
     back, tokenizer = sp.load(sp.export(model, tmp_path / "m.gguf", to="gguf"))
-    empty = {f"model.transformer.blocks.{i}.attn_norm.weight" for i, kept in enumerate(heads) if not kept}
-    kept = {
-        k: t for k, t in model.state_dict().items() if k not in empty
-    }  # a norm before nothing is not written
-    assert_same_tensors({k: t for k, t in back.state_dict().items() if k not in empty}, kept)
+    halves = zip(heads, channels or [None] * 3, strict=True)
+    empty = [f"s.{i}." for i, half in enumerate(halves) if [] in half]  # a norm before nothing is not written
+    before, after = (
+        {k: t for k, t in m.state_dict().items() if not ("norm" in k and any(part in k for part in empty))}
+        for m in (model, back)
+    )
+    assert_same_tensors(after, before)
     assert tokenizer is None and back.prune_plan == model.prune_plan
     assert torch.equal(raw_logits(back, tokens(2, 9)), raw_logits(model, tokens(2, 9)))
 
@@ -204,6 +209,7 @@ def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused_and_nothing_i
         (lambda: made("sdar", RAGGED), "qwen3: layer 2 has 4 query heads, 2 key/value heads and"),
         (lambda: made("sdar", EQUAL, repair="least_squares_bias"), r"qwen3: layer 0 has biases \(attn_out"),
         (lambda: made("llada", [[0], [], [1]], None, "bias"), r"deci: layer 1 has biases \(attn_output\)"),
+        (lambda: made("llada", ALL, [None, [], None]), "deci: layer 1 has no MLP, and llama.cpp skips"),
         (lambda: made("dream", [[0, 1], [0, 2, 3], [0]]), r"layers.1.self_attn: .* heads unevenly"),
         (lambda: made("llada_moe", EQUAL), "llada-moe: layer 0 has 2 heads of 8 features"),
         (lambda: toy(scale_logits=True), "scale_logits=true"),
