@@ -31,8 +31,8 @@ nothing then.
 
 Without whole blocks (`sp.plan(targets="blocks")`) a model is one of fewer layers to every target, and an
 ordinary folder of its family where the others are alike. `sp.load` reads it back as that, or compact with
-its plan where the layers differ. A block whose projections keep a bias stays a layer. One without its MLP alone
-goes with our modelling file, and into no GGUF file: llama.cpp skips the attention of such a layer too.
+its plan where the layers differ. A block whose projections keep a bias stays a layer. One without its MLP
+alone goes with our modelling file, and into no GGUF file: llama.cpp skips the attention of such a layer too.
 
 The default repair (`least_squares`) adds no biases, because most programs skip a bias that they do not
 expect, some in silence. `repair="least_squares_bias"` and `"bias"` do add them, and go only where the table
