@@ -65,6 +65,7 @@ class Facts:
     mask: str = "yes"
     compact: str = "yes"
     channels: str = "yes"
+    blocks: str = "yes"
     export: str = "yes"
     sampler: str = ""  # where it depends on the model
 

@@ -17,7 +17,11 @@ class NativeLLaDA2(NativeBlockCausal):
     """``Geometry.channels`` of a layer with experts counts those that a token passes through."""
 
     family = "llada2_moe"
-    facts = Facts("LLaDA2.0-mini, -flash", channels="of dense layers, and of experts")
+    facts = Facts(
+        "LLaDA2.0-mini, -flash",
+        channels="of dense layers, and of experts",
+        blocks="attention alone: blocks with experts stay",
+    )
     MODEL = LLaDA2
     site = "attention"
     attention_names: ClassVar[dict[str, str]] = {"qkv": "attention.query_key_value", "o": "attention.dense"}
@@ -40,7 +44,9 @@ class LLaDA2Layers(BlockCausalLayers):
 
     family = "llada2_moe"
     facts = Facts(
-        "LLaDA2.0-mini, -flash, copies (dInfer's)", channels="dense layers only; experts keep theirs"
+        "LLaDA2.0-mini, -flash, copies (dInfer's)",
+        channels="dense layers only; experts keep theirs",
+        blocks="attention alone: blocks with experts stay",
     )
     site = "attention"
     attention_names: ClassVar[dict[str, str]] = {"qkv": "query_key_value", "o": "dense"}

@@ -20,7 +20,11 @@ class LLaDAMoELayers(LiveLayers):
     """
 
     family = "llada_moe"
-    facts = Facts("LLaDA-MoE-7B-A1B", channels="dense layers only; experts keep theirs")
+    facts = Facts(
+        "LLaDA-MoE-7B-A1B",
+        channels="dense layers only; experts keep theirs",
+        blocks="attention alone: blocks with experts stay",
+    )
     norm_names: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
 
     @classmethod

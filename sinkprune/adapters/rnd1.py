@@ -21,7 +21,11 @@ class RND1Layers(LiveLayers):
     """
 
     family = "rnd1"
-    facts = Facts("RND1-Base", channels="no: every layer has experts, which keep theirs")
+    facts = Facts(
+        "RND1-Base",
+        channels="no: every layer has experts, which keep theirs",
+        blocks="attention alone: blocks with experts stay",
+    )
     shift = 1
     norm_names: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
 

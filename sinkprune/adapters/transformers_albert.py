@@ -14,7 +14,8 @@ class TransformersAlbert(TransformersAdapter):
 
     family = "transformers encoder with shared layers (ALBERT, refused)"
     facts = Facts(
-        "ALBERT", **dict.fromkeys(("mask", "compact", "channels", "export"), "no: its layers are one layer")
+        "ALBERT",
+        **dict.fromkeys(("mask", "compact", "channels", "blocks", "export"), "no: its layers are one layer"),
     )
 
     @classmethod

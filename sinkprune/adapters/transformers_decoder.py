@@ -23,6 +23,7 @@ class TransformersDecoder(TransformersAdapter):
     facts = Facts(
         "Llama, Qwen2, Qwen3 and others of their tree, causal or bidirectional",
         channels="dense layers only; experts keep theirs",
+        blocks="yes, without experts; their attention alone with",
     )
 
     @classmethod

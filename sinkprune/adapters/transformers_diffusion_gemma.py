@@ -29,6 +29,7 @@ class TransformersDiffusionGemma(TransformersAdapter):
         "DiffusionGemma",
         compact="no: encoder and decoder share projections",
         channels="no: they run beside experts",
+        blocks="attention alone, in mask form",
         export="no",
     )
 

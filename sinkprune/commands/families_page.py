@@ -16,8 +16,8 @@ from sinkprune.models.published import native_of
 from sinkprune.targets import GGUF_FAMILIES
 
 COLUMNS = (
-    "family", "models", "read as", "mask", "compact", "MLP channels", "caches", "sampler", "save and load",
-    "export",
+    "family", "models", "read as", "mask", "compact", "MLP channels", "blocks", "caches", "sampler",
+    "save and load", "export",
 )  # fmt: skip
 _HEAD = """# Families
 
@@ -29,6 +29,8 @@ Toys have the published structure and random weights: no published checkpoint wa
   reads; a *live object* is what you loaded with the model's own code, changed in place; a *transformers
   class* is one that transformers itself defines, through `sp.load` or loaded by you.
 - **mask**, **compact**: the two forms of `sp.apply`. **MLP channels**: whether plans may remove them too.
+- **blocks**: whether plans may take whole blocks, their attention or their MLP alone (`targets="blocks"`,
+  `"attention"`, `"mlp_blocks"`).
 - **caches**: names that `denoise(cache=…)` takes. Live objects keep working with the caches of their own
   code, whose keys and values shrink with the kept heads; so do transformers classes with transformers' own.
 - **sampler**: what `denoise` does. Masked denoising fills blocks of your length and sees the whole sequence;
@@ -78,6 +80,7 @@ def row(adapter: type[Adapter]) -> list[str]:
         facts.mask,
         facts.compact,
         facts.channels,
+        facts.blocks,
         ", ".join(adapter.caches) or "none",
         _sampler(adapter),
         saved,

@@ -42,7 +42,7 @@ def block_target(
         return None
     if not only_share:
         raise ValueError(f"targets {targets} take a ratio, without a target speed or fit")
-    if geometry.experts is not None:
+    if geometry.experts is not None and chosen != ["attention"]:
         raise ValueError(f"blocks with experts stay whole in plans, got targets={targets}")
     if len(targets) > 1 and (chosen != ["blocks"] or unit == "blocks"):
         raise ValueError(

@@ -65,6 +65,19 @@ def test_forms_and_channels_are_as_the_page_says(name, toys):
 
 
 @pytest.mark.parametrize("name", TOYS)
+def test_blocks_go_as_the_page_says(name, toys):
+    def goes(target, mode):
+        model = copy.deepcopy(toys[name])
+        settings = {"unit": "blocks", "ratio": 0.34, "block_rule": "random"}
+        return works(lambda: sp.apply(model, sp.plan(model, targets=target, **settings), mode=mode))
+
+    said = cells(name)["blocks"]
+    assert goes("attention", "mask")
+    assert goes("attention", "compact") != said.endswith("in mask form")
+    assert goes("blocks", "compact") == goes("mlp_blocks", "compact") == said.startswith("yes")
+
+
+@pytest.mark.parametrize("name", TOYS)
 def test_saving_and_exporting_are_as_the_page_says(name, toys, tmp_path):
     row, model = cells(name), copy.deepcopy(toys[name])
     if row["compact"].startswith("no"):
