@@ -105,6 +105,8 @@ def compare(
             "heads_removed": plan.heads_removed,
             "parameters_removed": plan.parameters_removed,
             "kept_heads": [layer.kept_heads for layer in plan.layers],
+            "channels": _channel_shares(plan),
+            "blocks_removed": [i for i, layer in enumerate(plan.layers) if layer.is_gone],
         },
         "quality": quality,
         "speed": {**speed, "forwards": STEPS, "new_tokens": NEW_TOKENS},
@@ -177,26 +179,34 @@ def write(report: dict[str, Any], plan: PrunePlan, profile: SinkProfile, folder:
 
 
 def heads_figure(plan: PrunePlan, profile: SinkProfile) -> bytes:
-    """PNG: standard deviation of each head's sink position beside the heads that the plan keeps."""
-    from matplotlib.colors import ListedColormap
+    """PNG: standard deviation of each head's sink position beside the heads that the plan keeps, and where
+    MLPs lose something the share of each."""
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     spread = profile.head_mean("position_variance").sqrt()
     layers, heads = spread.shape
-    kept = torch.zeros(layers, heads)
+    kept, shares = torch.zeros(layers, heads), _channel_shares(plan)
     for i, layer in enumerate(plan.layers):
         kept[i, layer.kept_heads] = 1
+    count = int(kept.sum())
+    if min(shares) < 1:
+        kept = torch.cat((kept, torch.full((layers, 1), torch.nan), torch.tensor(shares)[:, None]), dim=1)
     figure = Figure(figsize=(11, 1.6 + 0.32 * layers), layout="constrained")
     left, right = figure.subplots(1, 2)
     image = left.imshow(spread.numpy(), aspect="auto", cmap="viridis")
     figure.colorbar(image, ax=left, label="tokens")
     left.set_title("Sink position: standard deviation over steps")
-    right.imshow(kept.numpy(), aspect="auto", cmap=ListedColormap(["#e8ebef", "#0b6e6e"]), vmin=0, vmax=1)
-    right.set_title(f"Kept (dark): {int(kept.sum())} of {sum(plan.geometry.heads)} heads")
+    colours = LinearSegmentedColormap.from_list("kept", ["#e8ebef", "#0b6e6e"])
+    right.imshow(kept.numpy(), aspect="auto", cmap=colours, vmin=0, vmax=1)
+    right.set_title(f"Kept (dark): {count} of {sum(plan.geometry.heads)} heads")
     for axes in (left, right):
         axes.set(xlabel="head", ylabel="layer", xticks=range(0, heads, max(1, heads // 16)))
         axes.set_yticks(range(0, layers, max(1, layers // 16)))
-    right.set_xticks([i - 0.5 for i in range(1, heads)], minor=True)
+    if kept.shape[1] > heads:
+        right.set_xticks([*range(0, heads, max(1, heads // 16)), heads + 1])
+        right.set_xticklabels([*map(str, range(0, heads, max(1, heads // 16))), "MLP"])
+    right.set_xticks([i - 0.5 for i in range(1, kept.shape[1])], minor=True)
     right.set_yticks([i - 0.5 for i in range(1, layers)], minor=True)
     right.grid(which="minor", color="white", linewidth=1.5)
     right.tick_params(which="minor", length=0)
@@ -235,6 +245,15 @@ def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _channel_shares(plan: PrunePlan) -> list[float]:
+    """Of each layer's dense MLP, the channels that are left; 1 where a layer has experts."""
+    geometry = plan.geometry
+    return [
+        1.0 if kept.kept_channels is None or geometry.experts_of(i) else len(kept.kept_channels) / count
+        for i, (kept, count) in enumerate(zip(plan.layers, geometry.channels, strict=True))
+    ]
 
 
 def _quality(quality: Quality) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Whole blocks on the command line: a plan of them, the shorter model, and a bad budget in a line."""
 
+import io
 import json
 
-from toys import one_thread  # noqa: F401
+import matplotlib.image
+from toys import one_thread, tokens, toy  # noqa: F401
 
 import sinkprune as sp
 from sinkprune.commands.main import main
+from sinkprune.evaluation.report import heads_figure
 from sinkprune.plans import LayerPlan
 
 FEW = ["--calibration-windows", "2", "--calibration-length", "16"]
@@ -32,3 +35,15 @@ def test_all_blocks_are_refused_in_a_line(tmp_path, capsys):
     most = int(1000 * (layers - 1) / layers) / 1000
     said = json.loads(line)["error"] if line.startswith("{") else line
     assert f"at most {most:.3f} of the blocks" in str(said) and "\n" not in line
+
+
+def test_the_reports_picture_shows_blocks_that_are_gone_in_the_colour_of_what_is_removed():
+    model = toy()
+    profile = sp.profile(model, tokens(1, 4), steps=2, gen_length=4)
+    plan = sp.plan(model, ratio=0, criterion="magnitude")
+    whole, dark = heads_figure(plan, profile), []
+    plan.layers = [LayerPlan([], []) if i == 1 else kept for i, kept in enumerate(plan.layers)]
+    for png in (whole, heads_figure(plan, profile)):
+        pixels = matplotlib.image.imread(io.BytesIO(png))[..., :3]
+        dark.append((abs(pixels - [11 / 255, 110 / 255, 110 / 255]).max(-1) < 0.02).sum())
+    assert 0.4 < dark[1] / dark[0] < 0.85  # two of three layers, less the room of the MLPs' column
