@@ -5,7 +5,8 @@
 Three stages, each resumable: ``study_heads`` (heads.json), ``study_claims`` (claims.json) and
 ``study_weights`` (weights.json). Their parts for each model run side by side, a thread each; what is timed
 runs last, alone. What they print goes to ``<part>.log``. ``--page`` only writes the page, from what is there,
-with the section on "small" that hours of ``study_small`` and minutes of ``study_claims --model small`` give.
+with the sections that hours of ``study_small``, minutes of ``study_claims --model small`` and half an hour of
+``study_blocks`` give.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import study_blocks_report
 import study_heads_report
 import study_small_report
 import study_weights_report
@@ -30,9 +32,9 @@ from sinkprune.evaluation.intervals import Interval
 from sinkprune.planning.planner import DEFAULT_CRITERION
 
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parent
+ROOT = FOLDER.parents[1]
 PAGE = ROOT / "docs/study.md"
-STAGES = ("heads", "claims", "weights", "small", "claims_small")
+STAGES = ("heads", "claims", "weights", "small", "claims_small", "blocks")
 
 HEAD = """# Study: what to remove
 
@@ -58,6 +60,8 @@ def page(out: Path) -> str:
     parts = [HEAD.format(default=DEFAULT_CRITERION, paper=PAPER), _verdicts(found)]
     if "small" in found:
         parts.append(study_small_report.section(found["small"], found.get("claims_small")))
+    if "blocks" in found:
+        parts.append(study_blocks_report.section(found["blocks"]))
     if "heads" in found:
         parts.append(study_heads_report.section(found["heads"]))
     if "claims" in found and "generation" in found["claims"]["rows"]:
