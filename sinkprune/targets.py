@@ -72,6 +72,7 @@ class Target:
         form: what is written for it: ``"gguf"`` or ``"hf"``.
         biases: whether biases that the family's published form does not have are computed.
         own_config: whether it knows the family by its own config alone, which must then say what is left.
+        experts: what plans with ``fit`` keep of them; empty where none of its families' experts can go.
     """
 
     name: str
@@ -82,9 +83,12 @@ class Target:
     form: str = "hf"
     biases: bool = False
     own_config: bool = False
+    experts: str = ""
     notes: str = ""
 
 
+# Experts go by one rule for every target: a router with groups takes its best groups first.
+EACH_GROUP = "as many of every group of every router; channels of experts divide by `tp`"
 RULES_ONLY = "the rules alone: it was not run here"
 TARGETS = {
     target.name: target
@@ -105,6 +109,7 @@ TARGETS = {
             ("llada", "illada", "dream", "sdar", "llada2_moe", DECODER),
             equal=False,
             biases=True,
+            experts=EACH_GROUP,
             notes="llada2_moe only with its own code, copied from where it was loaded",
         ),
         Target(
@@ -114,6 +119,7 @@ TARGETS = {
             ("llada2_moe", "sdar"),
             equal=True,
             own_config=True,
+            experts=EACH_GROUP,
             notes="skips a bias that it does not expect in silence; reads head_dim from the config",
         ),
         Target(

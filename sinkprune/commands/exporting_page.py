@@ -44,8 +44,8 @@ says that they are computed.
 
 """
 _COLUMNS = (
-    "target", "read", "what the tests do with it", "families", "equal layers", "added biases", "form",
-    "notes",
+    "target", "read", "what the tests do with it", "families", "equal layers", "experts", "added biases",
+    "form", "notes",
 )  # fmt: skip
 
 _GGUF = """
@@ -107,7 +107,7 @@ def page() -> str:
     """The text of docs/exporting.md."""
     lines = [
         f"| {t.name} | {t.source} | {t.tested} | {', '.join(t.families)} | {_yes(t.equal)} | "
-        f"{_yes(t.biases)} | {_form(t.form, t.own_config)} | {t.notes} |"
+        f"{t.experts or 'none can go'} | {_yes(t.biases)} | {_form(t.form, t.own_config)} | {t.notes} |"
         for t in TARGETS.values()
     ]
     families = [f"| {family} | {', '.join(names)} |" for family, names in GGUF_FAMILIES.items()]

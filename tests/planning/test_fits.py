@@ -91,6 +91,26 @@ def test_heads_groups_and_channels_divide_by_the_ranks(tp):
     assert not any(size % tp for size in (*heads, *kv_heads, *channels))
 
 
+@pytest.mark.parametrize("targets", [("experts",), ("heads", "experts", "expert_channels")])
+@pytest.mark.parametrize("fit", ["sglang:tp=2", "transformers:tp=2"])
+def test_experts_are_as_many_in_every_group_of_every_router_and_their_channels_divide_by_the_ranks(
+    fit, targets
+):
+    model = toy_llada2()
+    settings = {"unit": "parameters", "expert_rule": "random"}
+    plan = planned(model, fit, ratio=0.15, targets=targets, **settings)
+    experts = plan.geometry.experts
+    counted, widths = set(), set()
+    for layer, count in zip(plan.layers, experts.count, strict=True):
+        if count:
+            group = count // experts.groups
+            kept = range(count) if layer.kept_experts is None else layer.kept_experts
+            counted |= {sum(expert // group == i for expert in kept) for i in range(experts.groups)}
+            widths |= {len(ids) for ids in layer.kept_expert_channels or ()}
+    assert len(counted) == 1 and counted < set(range(1, group))
+    assert not any(width % 2 for width in widths) and (len(widths) == 1) == ("expert_channels" in targets)
+
+
 @pytest.mark.parametrize(("spec", "rows"), [("llama.cpp", 256), ("llama.cpp:rows=32", 32)])
 def test_channels_come_in_the_multiples_that_quantised_rows_need(spec, rows):
     model = toy(mlp_hidden_size=1024)
