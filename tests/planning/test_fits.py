@@ -91,14 +91,16 @@ def test_heads_groups_and_channels_divide_by_the_ranks(tp):
     assert not any(size % tp for size in (*heads, *kv_heads, *channels))
 
 
-@pytest.mark.parametrize("targets", [("experts",), ("heads", "experts", "expert_channels")])
+@pytest.mark.parametrize(
+    ("targets", "ratio"), [(("experts",), 0.15), (("heads", "experts", "expert_channels"), 0.4)]
+)
 @pytest.mark.parametrize("fit", ["sglang:tp=2", "transformers:tp=2"])
 def test_experts_are_as_many_in_every_group_of_every_router_and_their_channels_divide_by_the_ranks(
-    fit, targets
+    fit, targets, ratio
 ):
     model = toy_llada2()
     settings = {"unit": "parameters", "expert_rule": "random"}
-    plan = planned(model, fit, ratio=0.15, targets=targets, **settings)
+    plan = planned(model, fit, ratio=ratio, targets=targets, **settings)
     experts = plan.geometry.experts
     counted, widths = set(), set()
     for layer, count in zip(plan.layers, experts.count, strict=True):
