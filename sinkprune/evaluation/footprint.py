@@ -236,7 +236,7 @@ def cache_size(model: nn.Module, tokens: int, batch: int = 1) -> CacheSize:
     adapter = adapter_for(model)
     geometry = adapter.geometry()
     plan = plan_of(model) if adapter.form == "compact" else None
-    each = 2 * batch * tokens * geometry.head_dim * next(model.parameters()).element_size()
+    each = 2 * batch * tokens * geometry.head_dim * dtype_of(model).itemsize
     kept = [
         layer_sizes(geometry, layer, None if plan is None else plan.layers[layer])[1]
         for layer in range(geometry.num_layers)

@@ -22,7 +22,7 @@ from sinkprune.evaluation.predictions import NOISE_LEVELS, Quality, evaluate
 from sinkprune.evidence.profiles import SinkProfile
 from sinkprune.files import write_whole
 from sinkprune.generation.denoising import generate
-from sinkprune.planning.costs import ceiling, ceilings
+from sinkprune.planning.costs import ceiling, ceilings, dtype_of
 from sinkprune.planning.hardware import roofs
 from sinkprune.planning.timing import interleaved
 from sinkprune.plans import PrunePlan
@@ -133,8 +133,8 @@ def measure_speed(
 ) -> dict[str, Any]:
     """Milliseconds of a forward of ``[1, length]``, both sides interleaved, their ratio and its
     ceiling."""
-    device = next(dense.parameters()).device.type
-    geometry = adapter_for(dense).geometry()
+    adapter = adapter_for(dense)
+    device, geometry = adapter.device.type, adapter.geometry()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, geometry.vocabulary, (1, length), generator=generator).to(device)
     timings, ratios = interleaved(
@@ -144,7 +144,7 @@ def measure_speed(
         "batch": 1,
         "length": length,
         "device": device,
-        "dtype": str(next(dense.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(dtype_of(dense)).removeprefix("torch."),
         "rounds": rounds,
         "dense_ms_per_step": timings["dense"].median,
         "pruned_ms_per_step": timings["pruned"].median,
