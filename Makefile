@@ -9,7 +9,7 @@ MODEL ?= tiny
 RUN ?= runs/small
 TORCH ?=
 
-.PHONY: setup demo train-small test matrix study sanitize cuda-build aarch64 kernels-table lint clean
+.PHONY: setup demo train-small test engines rehearse matrix study sanitize attack cuda-build aarch64 kernels-table lint clean
 
 setup: $(VENV)/.built
 
@@ -63,6 +63,11 @@ study: setup
 # 12,000 random calls through a build with address and undefined-behaviour sanitizers (a few minutes).
 sanitize: setup
 	SINKPRUNE_FUZZ_CALLS=2000 $(BIN)/pytest tests/csrc/test_sanitize.py -s
+
+# Bad inputs, kills, threads, writers beside a reader, and 10,000 calls of the raw operations: docs/reliability.md.
+attack: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/attack.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/csrc/raw_calls.py --calls 10000
 
 $(VENV)/.cuda: $(VENV)/.packages requirements-cuda.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-cuda.txt

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -18,7 +19,10 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+Read = TypeVar("Read")
+TRIES = 100  # of reading a folder that others replace
 _NOREPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # what kernels and file systems without them say
 
@@ -74,6 +78,75 @@ def whole_folder(folder: str | Path, replaceable: Callable[[Path], None] | None 
         check_folder(folder, replaceable)
         _publish(part, folder, replaceable is not None)
         _sync(folder.parent)
+
+
+def require_regular(path: str | Path) -> Path:
+    """The path of a file that can be read to its end.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a folder, a device, a FIFO, or a symbolic link to one.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is a {_kind(mode)}; expected a regular file")
+    return path
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Parse the JSON object in a regular file, each key once and every number finite.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: anything else, naming the file.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice[:80]!r} is there twice")
+        return found
+
+    def refused(name: str) -> Any:
+        raise ValueError(f"{name} is no number of JSON")
+
+    path = require_regular(path)
+    try:
+        values = json.loads(path.read_text("utf-8"), object_pairs_hook=once, parse_constant=refused)
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON that can be read: it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(values).__name__}")
+    return values
+
+
+def read_whole(folder: Path, read: Callable[[], Read]) -> Read:
+    """What ``read`` makes of the files of ``folder``, all of one state of it: where ``whole_folder`` replaced
+    it meanwhile, ``read`` is called again.
+
+    Raises:
+        OSError: the folder was replaced during each of many tries, or what ``read`` raises.
+    """
+    for _ in range(TRIES):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # held, so that its number is no other's
+        try:
+            found = read()
+            if os.path.samestat(os.fstat(handle), folder.stat()):
+                return found
+        except Exception:  # of files that went, or changed their length, under whoever maps them
+            if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+                raise
+        finally:
+            os.close(handle)
+    raise OSError(errno.EBUSY, f"{folder} was replaced while it was read, {TRIES} times")
 
 
 def check_file(path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sinkprune.files import write_whole
+from sinkprune.files import read_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,20 @@ class PrunePlan:
 
     def __post_init__(self) -> None:
         validate_layers(self.geometry, self.layers)
+        kinds: dict[str, Any] = {
+            "fingerprint": str,
+            "criterion": str,
+            "ratio": (int, float),
+            "unit": str,
+            "allocation": str,
+            "seed": int,
+            "details": dict,
+        }
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind) or isinstance(getattr(self, name), bool):
+                raise ValueError(f"a plan's {name} can't be {getattr(self, name)!r:.40}")
+        if not all(isinstance(target, str) for target in self.targets):
+            raise ValueError(f"a plan's targets are names, got {self.targets!r:.40}")
 
     @property
     def heads_removed(self) -> int:
@@ -228,6 +242,8 @@ class PrunePlan:
             known = {k: v for k, v in values.items() if k not in ("schema", "kind")}
             known["geometry"] = Geometry.from_dict(known["geometry"])
             known["layers"] = [LayerPlan(**layer) for layer in known["layers"]]
+            if not isinstance(known["targets"], list):
+                raise TypeError(f"targets must be a list, got {known['targets']!r:.40}")
             known["targets"] = tuple(known["targets"])
             return cls(**known)
         except (AttributeError, KeyError, TypeError) as error:
@@ -239,13 +255,11 @@ class PrunePlan:
 
     @classmethod
     def load(cls, path: str | Path) -> PrunePlan:
+        """Read what ``save`` wrote. Raises ``ValueError`` for anything else, naming the file."""
         try:
-            values = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a prune plan, got a JSON {type(values).__name__}")
-        return cls.from_dict(values)
+            return cls.from_dict(read_json(path))
+        except ValueError as error:
+            raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
 
 
 def validate_layers(geometry: Geometry, layers: list[LayerPlan]) -> None:
@@ -268,7 +282,7 @@ def validate_layers(geometry: Geometry, layers: list[LayerPlan]) -> None:
 
 
 def _require_ids(what: str, ids: list[int] | None, size: int) -> None:
-    if ids is None or not all(isinstance(k, int) for k in ids) or ids != sorted(set(ids)):
+    if not isinstance(ids, list) or not all(type(k) is int for k in ids) or ids != sorted(set(ids)):
         raise ValueError(f"{what} must be sorted and unique integers, got {str(ids)[:40]}")
     if ids and not 0 <= ids[0] <= ids[-1] < size:
         raise ValueError(f"{what} must lie in [0, {size}), got {ids[0]}..{ids[-1]}")

@@ -24,11 +24,12 @@ from sinkprune.checkpoints.layout import (
     check_known,
     install_tensors,
     lay_out_folder,
-    read_json,
+    require_as_many,
+    stored_tensors,
     weight_files,
 )
 from sinkprune.checkpoints.model_card import CARD, model_card
-from sinkprune.files import check_folder, whole_folder
+from sinkprune.files import check_folder, read_json, read_whole, whole_folder
 from sinkprune.models.marks import mark, mark_source, mark_sparsity, noted_sparsity, plan_of
 from sinkprune.models.published import native_kind
 from sinkprune.models.transformers_native import (
@@ -81,9 +82,9 @@ def load(
             raise FileNotFoundError(f"{source} is missing")
         return read_gguf(Path(source), device=device, dtype=dtype)
     folder = folder_of(source, revision)
-    model = _load(folder, device, dtype)
+    model, tokenizer = read_whole(folder, lambda: (_load(folder, device, dtype), _load_tokenizer(folder)))
     mark_source(model, folder)
-    return model, _load_tokenizer(folder)
+    return model, tokenizer
 
 
 def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -93,9 +94,11 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -
         from sinkprune.checkpoints.rebuilding import read_trimmed
 
         return read_trimmed(folder, config, device=device, dtype=dtype)
+    require_as_many(folder, config)
     manifest = _read_manifest(folder)
     if native_kind(config) is None and manifest is None:
         check_known(folder, config)
+        _require_floats(stored_tensors(weight_files(folder)))
         return load_published(folder, config, dtype).to(device).eval()
     model = lay_out_folder(folder, config)
     plan = form = None
@@ -119,6 +122,12 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -
     if manifest is not None and manifest.get("sparsity") is not None:
         mark_sparsity(model, Sparsity.from_dict(manifest["sparsity"]))
     return model
+
+
+def _require_floats(tensors: dict[str, str]) -> None:
+    for name, dtype in tensors.items():
+        if dtype not in ("F32", "BF16", "F16", "F64"):
+            raise ValueError(f"{name} is {dtype}: quantised weights are not read")
 
 
 def save(
@@ -260,7 +269,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     manifest = read_json(path)
-    if manifest.get("schema") != MANIFEST_SCHEMA:
+    if type(manifest.get("schema")) is not int or manifest["schema"] != MANIFEST_SCHEMA:
         raise ValueError(f"{path}: expected schema {MANIFEST_SCHEMA}, got {manifest.get('schema')!r}")
     form, plan, hashes = (manifest.get(key) for key in ("form", "plan", "sha256"))
     fits = plan is None if form == "dense" else isinstance(plan, dict)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sinkprune.files import read_json, require_regular
 from sinkprune.models import transformers_native
 from sinkprune.models.common import PACKED
 from sinkprune.models.published import NATIVE, native_kind
 from sinkprune.models.transformers_native import transformers_class
 
 INDEX = "model.safetensors.index.json"
+MANY = 512  # layers or experts, which are laid out without a look at the weights
 TRIMMED = "sinkprune_trimmed"  # the model_type of exports whose layers differ
 
 
@@ -58,31 +60,36 @@ def check_known(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object, each key once and every number finite. Raises ``ValueError`` naming the file where
-    it isn't one."""
+def stored_tensors(files: dict[Path, list[str] | None]) -> dict[str, str]:
+    """The safetensors dtype of every tensor in files of weights, by name, from their headers.
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {twice[:80]!r} is there twice")
-        return found
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: one is no safetensors file, or has not the tensors that the index promises.
+    """
+    found: dict[str, str] = {}
+    for path, promised in files.items():
+        try:
+            with safe_open(require_regular(path), framework="pt") as handle:
+                here = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        for name in here if promised is None else promised:
+            if name not in here:
+                raise ValueError(f"{path} is damaged: it has no tensor {name!r}, which {INDEX} promises")
+        found |= here
+    return found
 
-    def refused(name: str) -> Any:
-        raise ValueError(f"{name} is no number of JSON")
 
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text, object_pairs_hook=once, parse_constant=refused)
-    except RecursionError:
-        raise ValueError(f"{path} is not JSON that can be read: it is nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(values).__name__}")
-    return values
+def require_as_many(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a config of more layers or experts than its weights have tensors: laying them
+    out could take hours."""
+    for key in ("n_layers", "num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"):
+        count = config.get(key)
+        if type(count) is int and count > MANY and count > len(stored_tensors(weight_files(folder))):
+            raise ValueError(
+                f"{folder / 'config.json'}: {key} is {count:.3g}, and its weights have fewer tensors"
+            )
 
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:

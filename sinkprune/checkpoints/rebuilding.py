@@ -11,9 +11,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.checkpoints.layout import install_tensors, lay_out_config, read_json, weight_files
+from sinkprune.checkpoints.layout import install_tensors, lay_out_config, weight_files
 from sinkprune.checkpoints.ragged import published_tensors
 from sinkprune.checkpoints.trees import LLADA, LLAMA, Tree
+from sinkprune.files import read_json
 from sinkprune.models.marks import mark
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.plans import PrunePlan

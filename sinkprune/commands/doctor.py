@@ -14,6 +14,7 @@ from torch import Tensor
 from sinkprune import ops
 from sinkprune.adapters import adapter_for
 from sinkprune.checkpoints import checkpoint
+from sinkprune.files import read_json
 from sinkprune.ops import native
 from sinkprune.plans import PrunePlan, model_block_parameters
 from sinkprune.version import __version__
@@ -87,13 +88,13 @@ def recognise(source: str | Path) -> dict[str, Any]:
     token. Raises what ``load`` raises for a folder it can't read, and ``TypeError`` for an unknown structure.
     """
     folder = checkpoint.folder_of(source)
-    config = checkpoint.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     adapter = adapter_for(checkpoint.lay_out_folder(folder, config))
     geometry = adapter.geometry()
     refusal = adapter.refuse_compact()
     pruned: dict[str, Any] = {"form": "dense"}
     if (folder / checkpoint.MANIFEST).exists():
-        manifest = checkpoint.read_json(folder / checkpoint.MANIFEST)
+        manifest = read_json(folder / checkpoint.MANIFEST)
         pruned["form"] = manifest.get("form")
         if manifest.get("plan"):
             plan = PrunePlan.from_dict(manifest["plan"])

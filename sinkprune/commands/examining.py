@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.checkpoints import checkpoint
-from sinkprune.checkpoints.layout import TRIMMED, lay_out_folder, read_json, weight_files
+from sinkprune.checkpoints.layout import TRIMMED, lay_out_folder, weight_files
 from sinkprune.commands import doctor, families_page
 from sinkprune.commands.families_tables import LENGTH, SHARE, dense_layers, even_plan
 from sinkprune.evaluation.footprint import memory
+from sinkprune.files import read_json
 from sinkprune.models.published import NATIVE, native_kind
 from sinkprune.models.shapes import PUBLISHED
 from sinkprune.planning.costs import ceiling

@@ -10,6 +10,7 @@ import torch
 
 from sinkprune.adapters import adapter_for
 from sinkprune.evaluation.footprint import check_fits, longest, memory
+from sinkprune.files import read_json
 
 
 def check_folder_fits(
@@ -22,9 +23,9 @@ def check_folder_fits(
     from sinkprune.plans import PrunePlan
 
     folder = checkpoint.folder_of(source)
-    adapter = adapter_for(checkpoint.lay_out_folder(folder, checkpoint.read_json(folder / "config.json")))
+    adapter = adapter_for(checkpoint.lay_out_folder(folder, read_json(folder / "config.json")))
     manifest = folder / checkpoint.MANIFEST
-    planned = checkpoint.read_json(manifest).get("plan") if manifest.exists() else None
+    planned = read_json(manifest).get("plan") if manifest.exists() else None
     plan = None if planned is None else PrunePlan.from_dict(planned)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     numbers = sum(parameter.numel() for parameter in adapter.model.parameters())

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sinkprune.adapters import Adapter
-from sinkprune.files import write_whole
+from sinkprune.files import require_regular, write_whole
 from sinkprune.plans import Geometry
 from sinkprune.version import __version__
 
@@ -128,12 +128,12 @@ class SinkProfile:
     @classmethod
     def load(cls, path: str | Path) -> SinkProfile:
         """Read what ``save`` wrote. Raises ``ValueError`` for anything else."""
-        data = Path(path).read_bytes()
+        data = require_regular(path).read_bytes()
         try:
             tensors = load(data)
             size = int.from_bytes(data[:8], "little")
             description = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["sink_profile"])
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a sink profile: {error}") from error
         if description.get("schema") != SCHEMA:
             raise ValueError(

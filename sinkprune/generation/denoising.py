@@ -322,7 +322,7 @@ def _prepare(
     count = gen_length // block
     if threshold is not None:
         steps = gen_length
-    if not isinstance(steps, int) or steps < 1:
+    if type(steps) is not int or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}")
     if steps < count or steps % count or steps > gen_length:
         multiple = f"a multiple of {count} blocks and " if count > 1 else ""
@@ -345,9 +345,14 @@ def _prepare(
 
 
 def _check_prompts(prompt_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> None:
-    if prompt_ids.dim() != 2 or prompt_ids.shape[1] < 1:
-        raise ValueError(f"prompt_ids must have shape [B, P] with P >= 1, got {tuple(prompt_ids.shape)}")
-    if prompt_ids.is_floating_point() or prompt_ids.min() < 0 or prompt_ids.max() >= vocabulary:
+    if not isinstance(prompt_ids, Tensor):
+        raise TypeError(f"prompt_ids must be a tensor [B, P], got {type(prompt_ids).__name__}")
+    if prompt_ids.dim() != 2 or not prompt_ids.numel():
+        raise ValueError(
+            f"prompt_ids must have shape [B, P] with B and P >= 1, got {tuple(prompt_ids.shape)}"
+        )
+    whole = prompt_ids.dtype in (torch.int64, torch.int32)
+    if not whole or prompt_ids.min() < 0 or prompt_ids.max() >= vocabulary:
         raise ValueError(f"prompt_ids must be integers in [0, {vocabulary}), got {prompt_ids.dtype} values")
     if attention_mask is not None and attention_mask.shape != prompt_ids.shape:
         raise ValueError(

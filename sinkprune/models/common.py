@@ -29,6 +29,9 @@ CHANGES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+LARGEST = 2**31  # of sizes and counts
+
+
 @dataclass(kw_only=True)
 class PublishedConfig:
     """The keys of a published ``config.json`` that shape the computation; the others are kept in
@@ -67,7 +70,7 @@ class PublishedConfig:
         for key in cls.REQUIRED:
             if type(config.get(key)) is not int or config[key] < 1:
                 raise ValueError(
-                    f"{cls.FAMILY} config: '{key}' must be a positive integer, got {config.get(key)!r}"
+                    f"{cls.FAMILY} config: '{key}' must be a positive integer, got {config.get(key)!r:.40}"
                 )
         for key, expected in cls.FIXED.items():
             if config.get(key, expected) not in (expected, None):
@@ -87,20 +90,31 @@ class PublishedConfig:
         config = {**{key: rope[key] for key in rope.keys() & names}, **config}
         known = {key: value for key, value in config.items() if key in names}
         result = cls(**known, extra={key: value for key, value in config.items() if key not in names})
-        for key in ("rope_theta", "rms_norm_eps"):
-            value = getattr(result, key)
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise ValueError(f"{cls.FAMILY} config: {key} must be a positive number, got {value!r}")
-        for key in ("max_position_embeddings", "max_sequence_length"):
-            length = getattr(result, key, 1)
-            if type(length) is not int or length < 1:
-                raise ValueError(f"{cls.FAMILY} config: {key} must be a positive integer, got {length!r}")
+        result._check_numbers()
         result._refuse_changes()
         rows, mask = getattr(result, "vocabulary_rows", result.vocab_size), result.mask_token_id
         if mask is not None and (type(mask) is not int or not 0 <= mask < rows):
             raise ValueError(f"{cls.FAMILY} config: mask_token_id must be one of {rows} ids, got {mask!r}")
         result.check()
         return result
+
+    def _check_numbers(self) -> None:
+        """Raise ``ValueError`` naming a size that is no positive integer, or a number out of all reach."""
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), str(field.type).split(" | ")
+            if value is None and "None" in kinds:
+                continue
+            if kinds[0] == "int" and not field.name.endswith("_token_id"):
+                least = 0 if field.default == 0 else 1
+                if type(value) is not int or not least <= value < LARGEST:
+                    what = "a positive integer" if least else "an integer of at least 0"
+                    raise ValueError(
+                        f"{self.FAMILY} config: {field.name} must be {what} below 2^31, got {value!r:.40}"
+                    )
+            elif kinds[0] == "float" and (type(value) not in (int, float) or not 0 < value < 1e30):
+                raise ValueError(
+                    f"{self.FAMILY} config: {field.name} must be a positive number, got {value!r:.40}"
+                )
 
     def check(self) -> None:
         """Raise ``ValueError`` naming the sizes that do not fit each other."""

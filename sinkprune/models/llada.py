@@ -53,6 +53,11 @@ class LLaDAConfig(PublishedConfig):
     }  # fmt: skip
 
     def check(self) -> None:
+        if self.vocab_size > self.vocabulary_rows:
+            raise ValueError(
+                f"LLaDA config: embedding_size must be at least vocab_size, got {self.vocabulary_rows} and "
+                f"{self.vocab_size}"
+            )
         if self.d_model % self.n_heads or self.n_heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(
                 "LLaDA config: d_model must be an even multiple of n_heads and n_heads a multiple of "

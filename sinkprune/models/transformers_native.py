@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,9 +56,18 @@ def lay_out(config: dict[str, Any]) -> nn.Module:
     from transformers import CONFIG_MAPPING
 
     model_class = transformers_class(config)
-    with parameters_on_meta():
-        model: nn.Module = model_class(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+    try:
+        with parameters_on_meta():
+            model: nn.Module = model_class(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+    except Exception as error:  # of many kinds, its validators' own among them
+        raise _unreadable("its config.json", error) from error
     return model
+
+
+def _unreadable(what: str, error: Exception) -> ValueError:
+    """What transformers said, in a line: of its validators' errors the cause is the last."""
+    words = " ".join(str(error).partition("Exception raised from")[0].split())
+    return ValueError(f"transformers can't read {what}: {words[:300] or type(error).__name__}")
 
 
 def load_published(folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> nn.Module:
@@ -77,11 +87,17 @@ def load_published(folder: Path, config: dict[str, Any], dtype: torch.dtype | No
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{folder}: transformers can't load it: {error}") from error
-    missing = sorted(report["missing_keys"])
+    except Exception as error:
+        raise _unreadable(str(folder), error) from error
+    missing, beside = (sorted(report[key]) for key in ("missing_keys", "unexpected_keys"))
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]!r}")
+    if beside:
+        warnings.warn(
+            f"{folder}: {len(beside)} tensors are of no part of {model_class.__name__} and left out, first "
+            f"{beside[0]!r}",
+            stacklevel=4,  # the call of load
+        )
     result: nn.Module = model
     return result
 

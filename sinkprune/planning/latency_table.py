@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sinkprune.adapters import adapter_for
-from sinkprune.files import write_whole
+from sinkprune.files import read_json, write_whole
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention
 from sinkprune.models.rotary import rotary_table
 from sinkprune.planning.costs import Operation, attention_operations, mlp_operations, step_operations
@@ -118,7 +118,7 @@ class LatencyTable:
     def load(cls, path: str | Path) -> LatencyTable:
         """Raises ``ValueError`` where the file is not a table of this schema."""
         try:
-            values = json.loads(Path(path).read_text())
+            values = read_json(path)
             if values.pop("kind") != "latency_table" or values.pop("schema") != SCHEMA:
                 raise ValueError(f"not a latency table of schema {SCHEMA}")
             attention = {(n, heads, kv_heads): s for n, heads, kv_heads, s in values.pop("attention")}

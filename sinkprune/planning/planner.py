@@ -115,6 +115,7 @@ def plan(
             message says the maximum), a profile of another model, evidence that a rule needs and that was
             not given, or weights that are not finite.
     """
+    _check_kinds(fit, length, seed)
     adapter, rule = adapter_for(model), criterion_for(criterion)
     adapter.require_loaded()
     adapter.require_dense("plan on")
@@ -247,6 +248,14 @@ def check_ratio(ratio: float) -> None:
         raise TypeError(f"ratio must be a number, got {ratio!r}")
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio must lie in [0, 1), got {ratio}")
+
+
+def _check_kinds(fit: str | None, length: int | None, seed: int) -> None:
+    if not isinstance(fit, str | None):
+        raise TypeError(f"fit must be a target's name, got {fit!r}")
+    for name, value in {"length": length, "seed": seed}.items():
+        if value is not None and type(value) is not int:
+            raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 def _check_share(ratio: float, unit: str, targets: tuple[str, ...], length: int) -> None:
