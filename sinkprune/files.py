@@ -91,7 +91,7 @@ def require_regular(path: str | Path) -> Path:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
+        raise FileNotFoundError(f"No such file: {path}") from None
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path} is a {_kind(mode)}; expected a regular file")
     return path
