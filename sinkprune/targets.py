@@ -175,7 +175,7 @@ def fit_for(spec: str, family: str) -> Fit:
     Raises:
         ValueError: an unknown target or setting, or a family that the target does not run.
     """
-    name, _, rest = spec.partition(":")
+    name, _, rest = str(spec).partition(":")
     if name not in TARGETS:
         raise ValueError(f"fit must be one of {', '.join(TARGETS)}, got {name!r}")
     target = TARGETS[name]

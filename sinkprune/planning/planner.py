@@ -115,7 +115,6 @@ def plan(
             message says the maximum), a profile of another model, evidence that a rule needs and that was
             not given, or weights that are not finite.
     """
-    _check_kinds(fit, length, seed)
     adapter, rule = adapter_for(model), criterion_for(criterion)
     adapter.require_loaded()
     adapter.require_dense("plan on")
@@ -130,7 +129,7 @@ def plan(
     ratio, unit = _share_of_a_target(fit) if timed else (ratio, unit)
     tokens = 1024 if length is None else length
     blocks = block_target(geometry, targets, unit, only_share=not timed and room is None)
-    _check_share(ratio, unit, targets, tokens)
+    _check_share(ratio, unit, targets, tokens, seed)
     channels_by = channel_rule or ("magnitude" if calibration is None else "flap")
     experts_by, blocks_by = expert_rule or DEFAULT_EXPERT_RULE, block_rule or DEFAULT_BLOCK_RULE
     require_experts(geometry, targets, unit, timed)
@@ -250,15 +249,7 @@ def check_ratio(ratio: float) -> None:
         raise ValueError(f"ratio must lie in [0, 1), got {ratio}")
 
 
-def _check_kinds(fit: str | None, length: int | None, seed: int) -> None:
-    if not isinstance(fit, str | None):
-        raise TypeError(f"fit must be a target's name, got {fit!r}")
-    for name, value in {"length": length, "seed": seed}.items():
-        if value is not None and type(value) is not int:
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-
-
-def _check_share(ratio: float, unit: str, targets: tuple[str, ...], length: int) -> None:
+def _check_share(ratio: float, unit: str, targets: tuple[str, ...], length: int, seed: int) -> None:
     check_ratio(ratio)
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
@@ -267,8 +258,10 @@ def _check_share(ratio: float, unit: str, targets: tuple[str, ...], length: int)
     if unit == "heads" and targets != ("heads",):
         other = "experts" if targets == ("experts",) else "parameters"
         raise ValueError(f"unit='heads' removes heads only, got targets={targets}; use unit={other!r}")
-    if length < 1:
-        raise ValueError(f"length must be at least 1, got {length}")
+    if type(length) is not int or length < 1:
+        raise ValueError(f"length must be an integer of at least 1, got {length!r}")
+    if type(seed) is not int:
+        raise TypeError(f"seed must be an integer, got {seed!r}")
 
 
 def _check_evidence(

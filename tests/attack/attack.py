@@ -23,6 +23,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
 
 import bad_inputs  # noqa: E402
+import cases  # noqa: E402
 import kills  # noqa: E402
 import threads  # noqa: E402
 import torch  # noqa: E402
@@ -40,9 +41,9 @@ def scratch() -> Iterator[Path]:
 def inputs(share: int) -> Result:
     """Every ``share``-th bad input."""
     with scratch() as folder:
-        bases = bad_inputs.Bases(folder)
+        bases = cases.Bases(folder)
         chosen = list(bad_inputs.cases(bases))[::share]
-        faults = [f"{case.name}: {fault}" for case in chosen if (fault := bad_inputs.judge(case, bases))]
+        faults = [f"{case.name}: {fault}" for case in chosen if (fault := cases.judge(case, bases))]
     expected = Counter(case.expected for case in chosen)
     return f"{expected['refused']} to be refused, {expected['accepted']} controls", faults
 

@@ -9,28 +9,20 @@ import copy
 import json
 import os
 import random
-import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import block_causals
-import dreams
-import hf
+import bad_calls
 import torch
-import toys
-from forked import Outcome, acted, attempt
+from cases import CONFIG, MANIFEST, WEIGHTS, Bases, Case, after
 from safetensors.torch import load_file, save_file
 
 import sinkprune as sp
-from sinkprune.commands.main import main
-from sinkprune.planning.latency_table import LatencyTable, computed_table
+from sinkprune.planning.latency_table import LatencyTable
 
-MANIFEST, CONFIG, WEIGHTS = "sinkprune.json", "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # No value of any size, count or id.
 NO_COUNT = (-1, 0, 1.5, "8", True, None, [], {}, 10**7, 10**30, -(2**63))
@@ -62,47 +54,6 @@ COUNTS = {
 POSITIVE = {"llada": ("rope_theta", "rms_norm_eps"), "dream": ("rms_norm_eps",), "sdar": ("rms_norm_eps",)}
 
 
-@dataclass
-class Case:
-    """``act`` gets a folder of its own, a copy of ``base``'s; ``expected`` is an ``Outcome.kind``."""
-
-    name: str
-    base: str
-    act: Callable[[Path], object]
-    expected: str = "refused"
-
-
-class Bases:
-    """What the cases damage, made once under ``root``."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.model = toys.toy(n_kv_heads=2)
-        self.plan = sp.plan(self.model, criterion="magnitude", ratio=0.4)
-        made = {
-            "llada": self.model,
-            "dream": dreams.toy_dream(),
-            "sdar": block_causals.toy_sdar(),
-            "llada2": block_causals.toy_llada2(),
-            "qwen3": hf.build("qwen3"),
-        }
-        for name, model in made.items():
-            folder = sp.save(model, root / name)
-            for file in (MANIFEST, "README.md"):  # as published
-                (folder / file).unlink()
-        sp.save(sp.apply(copy.deepcopy(self.model), self.plan), root / "compact")
-        sp.save(self.model, root / "dense")
-        shards = sp.save(self.model, root / "shards", shard_bytes=20_000)
-        (shards / MANIFEST).unlink()
-        files = root / "files"
-        files.mkdir()
-        self.plan.save(files / "plan.json")
-        prompts = toys.tokens(2, 6, vocabulary=50)
-        sp.profile(self.model, prompts, steps=4, gen_length=8).save(files / "profile.safetensors")
-        computed_table(self.model, sp.roofs("H100"), [16, 32]).save(files / "table.json")
-        sp.export(self.model, files / "model.gguf", to="gguf")
-
-
 def cases(bases: Bases, seed: int = 0) -> Iterator[Case]:
     """Every case, the random ones drawn from ``seed``."""
     rng = random.Random(seed)
@@ -116,7 +67,7 @@ def cases(bases: Bases, seed: int = 0) -> Iterator[Case]:
     yield from _manifests(bases)
     yield from _weights(bases, rng)
     yield from _indices()
-    yield from _places()
+    yield from bad_calls.places()
     for name, read in READERS.items():
         yield Case(f"{name}: as it is", "files", partial(_read, name), "accepted")
         if name.endswith("json"):
@@ -124,8 +75,8 @@ def cases(bases: Bases, seed: int = 0) -> Iterator[Case]:
         yield from _damaged("files", name, partial(_read, name), rng)
         if name == "plan.json":
             yield from _plans(bases, read)
-    yield from _arguments(bases)
-    yield from _command_lines()
+    yield from bad_calls.arguments(bases)
+    yield from bad_calls.command_lines()
 
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -146,25 +97,15 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(values))
 
 
-def _then(
-    change: Callable[[Path], object], read: Callable[[Path], object] = sp.load
-) -> Callable[[Path], object]:
-    def act(folder: Path) -> object:
-        change(folder)
-        return read(folder)
-
-    return act
-
-
 def _set(file: str, key: str, value: Any) -> Callable[[Path], object]:
-    return _then(lambda folder: _edit(folder / file, lambda v: v.update({key: value})))
+    return after(lambda folder: _edit(folder / file, lambda v: v.update({key: value})))
 
 
 def _configs(family: str) -> Iterator[Case]:
     for key in COUNTS[family]:
         for value in NO_COUNT:
             yield Case(f"{family}: {key} = {value!r:.20}", family, _set(CONFIG, key, value))
-        yield Case(f"{family}: without {key}", family, _then(partial(_drop, CONFIG, key)))
+        yield Case(f"{family}: without {key}", family, after(partial(_drop, CONFIG, key)))
     for key in POSITIVE.get(family, ()):
         for number in NO_POSITIVE:
             yield Case(f"{family}: {key} = {number!r:.20}", family, _set(CONFIG, key, number))
@@ -185,7 +126,7 @@ def _drop(file: str, key: str, folder: Path) -> None:
 
 def _texts(base: str, name: str, read: Callable[[Path], object]) -> Iterator[Case]:
     for i, text in enumerate(NO_JSON):
-        act = _then(lambda folder, text=text: (folder / name).write_bytes(text), read)  # type: ignore[misc]
+        act = after(lambda folder, text=text: (folder / name).write_bytes(text), read)  # type: ignore[misc]
         yield Case(f"{base}/{name}: JSON text {i}", base, act)
 
 
@@ -201,18 +142,18 @@ def _manifests(bases: Bases) -> Iterator[Case]:
         for value in wrong:
             yield Case(f"manifest: {key} = {value!r:.30}", "compact", _set(MANIFEST, key, value))
         if key != "sparsity":
-            yield Case(f"manifest: without {key}", "compact", _then(partial(_drop, MANIFEST, key)))
+            yield Case(f"manifest: without {key}", "compact", after(partial(_drop, MANIFEST, key)))
     hashes = json.loads((bases.root / "compact" / MANIFEST).read_text())["sha256"]
     for name in hashes:
         for value in ("0" * 64, "", None, 7, hashes[name].upper(), hashes[name][:32]):
-            act = _then(partial(_hash, name, value))
+            act = after(partial(_hash, name, value))
             yield Case(f"manifest: sha256 of {name} = {value!r:.12}", "compact", act)
-        yield Case(f"manifest: no sha256 of {name}", "compact", _then(partial(_hash, name, ...)))
+        yield Case(f"manifest: no sha256 of {name}", "compact", after(partial(_hash, name, ...)))
     for name in ("../x", "/etc/passwd", "a/../../x", "", ".", "nothing", "model.safetensors/"):
-        yield Case(f"manifest: names {name!r}", "compact", _then(partial(_hash, name, "0" * 64)))
+        yield Case(f"manifest: names {name!r}", "compact", after(partial(_hash, name, "0" * 64)))
     for layer in range(2):
         for kept in ([99], [0, 0], [2, 1], ["0"], [True], [-1], None, "all", [0.0], [10**30]):
-            act = _then(partial(_kept, layer, kept))
+            act = after(partial(_kept, layer, kept))
             yield Case(f"manifest: layer {layer} keeps {kept!r}", "compact", act)
 
 
@@ -240,13 +181,13 @@ def _weights(bases: Bases, rng: random.Random) -> Iterator[Case]:
         names = sorted(load_file(bases.root / base / WEIGHTS))
         for name in (names[0], names[len(names) // 2], names[-1]):
             for how in ("gone", "shape", "rank", "empty", "int8", "renamed"):
-                act = _then(partial(_tensor, name, how))
+                act = after(partial(_tensor, name, how))
                 yield Case(f"{base}: {name} {how}", base, act)
         more = "accepted" if base == "qwen3" else "refused"  # transformers leaves it out, and we warn of it
-        yield Case(f"{base}: a tensor more", base, _then(partial(_tensor, "extra", "more")), more)
+        yield Case(f"{base}: a tensor more", base, after(partial(_tensor, "extra", "more")), more)
     size = (bases.root / "compact" / WEIGHTS).stat().st_size
     for at in sorted(rng.sample(range(size), 25)):
-        yield Case(f"compact: byte {at} of the weights", "compact", _then(partial(_flip, WEIGHTS, at)))
+        yield Case(f"compact: byte {at} of the weights", "compact", after(partial(_flip, WEIGHTS, at)))
 
 
 def _tensor(name: str, how: str, folder: Path) -> None:
@@ -282,7 +223,7 @@ def _damaged(
     """A file cut at random, grown, empty, all zeros, noise, or with lengths that lie."""
     for _ in range(count):
         share = rng.random() * 0.98
-        act = _then(lambda f, s=share: _cut(f / name, s), read)  # type: ignore[misc]
+        act = after(lambda f, s=share: _cut(f / name, s), read)  # type: ignore[misc]
         yield Case(f"{base}/{name}: cut at {share:.3f}", base, act)
     contents = {
         "empty": b"",
@@ -293,13 +234,13 @@ def _damaged(
         "a header that ends nowhere": struct.pack("<Q", 20) + b'{"a": {"dtype": "F32',
     }
     for what, content in contents.items():
-        act = _then(lambda f, c=content: (f / name).write_bytes(c), read)  # type: ignore[misc]
+        act = after(lambda f, c=content: (f / name).write_bytes(c), read)  # type: ignore[misc]
         yield Case(f"{base}/{name}: {what}", base, act)
-    gone = _then(lambda f: (f / name).unlink(), read)
+    gone = after(lambda f: (f / name).unlink(), read)
     yield Case(f"{base}/{name}: not there", base, gone)
-    yield Case(f"{base}/{name}: a folder", base, _then(lambda f: _folder(f / name), read))
-    yield Case(f"{base}/{name}: a FIFO", base, _then(lambda f: _fifo(f / name), read))
-    yield Case(f"{base}/{name}: a link to nothing", base, _then(lambda f: _link(f / name), read))
+    yield Case(f"{base}/{name}: a folder", base, after(lambda f: _folder(f / name), read))
+    yield Case(f"{base}/{name}: a FIFO", base, after(lambda f: _fifo(f / name), read))
+    yield Case(f"{base}/{name}: a link to nothing", base, after(lambda f: _link(f / name), read))
 
 
 def _cut(path: Path, share: float) -> None:
@@ -323,7 +264,7 @@ def _link(path: Path) -> None:
 
 def _indices() -> Iterator[Case]:
     def mapped(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-        return _then(lambda folder: _edit(folder / INDEX, lambda values: change(values["weight_map"])))
+        return after(lambda folder: _edit(folder / INDEX, lambda values: change(values["weight_map"])))
 
     for wrong in ("../x", "/etc/passwd", "", ".", "nothing.safetensors", None, 7, ["a"], CONFIG):
         act = mapped(lambda m, w=wrong: m.update({next(iter(m)): w}))  # type: ignore[misc]
@@ -333,40 +274,8 @@ def _indices() -> Iterator[Case]:
     yield Case("index: no map", "shards", _set(INDEX, "weight_map", {}))
     yield Case("index: no object", "shards", _set(INDEX, "weight_map", [1]))
     yield Case(
-        "index: a shard less", "shards", _then(lambda f: next(iter(sorted(f.glob("*.safetensors")))).unlink())
+        "index: a shard less", "shards", after(lambda f: next(iter(sorted(f.glob("*.safetensors")))).unlink())
     )
-
-
-def _places() -> Iterator[Case]:
-    """Where something is written: nothing that is there may be lost."""
-
-    def saved(folder: Path) -> object:
-        return sp.save(toys.toy(), folder / "out", overwrite=True)
-
-    def planned(folder: Path) -> object:
-        return sp.plan(toys.toy(), criterion="magnitude", ratio=0.4).save(folder / "out")
-
-    makers: dict[str, Callable[[Path], object]] = {
-        "a file": lambda f: (f / "out").write_text("mine"),
-        "a FIFO": lambda f: os.mkfifo(f / "out"),
-        "a link": lambda f: (f / "out").symlink_to(f / CONFIG),
-        "a link to a folder": lambda f: (f / "out").symlink_to(f),
-        "a link to nothing": lambda f: (f / "out").symlink_to("nowhere"),
-        "a folder of others": lambda f: ((f / "out").mkdir(), (f / "out" / "mine").write_text("mine")),
-        "a device": lambda f: os.mknod(f / "out", 0o600 | 0o020000, os.makedev(1, 3)),
-    }
-    for what, make in makers.items():
-        if what == "a device" and os.geteuid() != 0:
-            continue
-        yield Case(f"save onto {what}", "llada", _then(make, saved))
-        if what != "a file":
-            yield Case(f"a plan onto {what}", "llada", _then(make, planned))
-
-    def under_a_file(folder: Path) -> object:
-        return sp.save(toys.toy(), folder / CONFIG / "out")
-
-    yield Case("save under a file", "llada", under_a_file)
-    yield Case("a name too long", "llada", lambda folder: sp.save(toys.toy(), folder / ("x" * 300)))
 
 
 def _plans(bases: Bases, read: Callable[[Path], object]) -> Iterator[Case]:
@@ -380,7 +289,7 @@ def _plans(bases: Bases, read: Callable[[Path], object]) -> Iterator[Case]:
                 at = at[step]
             at[path[-1]] = value
 
-        return _then(
+        return after(
             lambda f: _edit(f / "plan.json", change), lambda f: _applied(bases, read(f / "plan.json"))
         )
 
@@ -417,153 +326,3 @@ def _plans(bases: Bases, read: Callable[[Path], object]) -> Iterator[Case]:
 
 def _applied(bases: Bases, plan: Any) -> object:
     return sp.apply(copy.deepcopy(bases.model), plan)
-
-
-def _arguments(bases: Bases) -> Iterator[Case]:
-    """Of the Python verbs."""
-    model, ids = bases.model, toys.tokens(2, 8, vocabulary=50)
-    nan, inf = float("nan"), float("inf")
-
-    def call(verb: Callable[..., object], *given: Any, **named: Any) -> Callable[[Path], object]:
-        return lambda folder: verb(copy.deepcopy(model), *given, **named)
-
-    for ratio in (-0.1, 1.5, nan, inf, "0.3", None, [0.3], 1.0):
-        yield Case(f"plan(ratio={ratio!r})", "llada", call(sp.plan, criterion="magnitude", ratio=ratio))
-    wrong: dict[str, tuple[Any, ...]] = {
-        "criterion": ("", "no", 7, "random:x=1"),
-        "unit": ("", "head", 7),
-        "targets": ((), ("no",), "no", 7),
-        "allocation": ("", "no", 7),
-        "min_heads": (-1, 99, "1", 1.5),
-        "round_heads": (0, -1, "2"),
-        "max_layer_share": (-1, 2, nan, "1"),
-        "fit": ("", "no", 7),
-        "length": (0, -1, "x", 1.5),
-        "target_speedup": (0, -1, nan, "2"),
-        "channel_rule": ("no", 7),
-        "seed": ("x", 1.5),
-    }
-    for name, values in wrong.items():
-        for value in values:
-            options = {"criterion": "random", "ratio": 0.4} | {name: value}
-            yield Case(f"plan({name}={value!r})", "llada", call(sp.plan, **options))
-    for name, values in {"mode": ("", "no", 7), "repair": ("no", 7)}.items():
-        for value in values:
-            rows = sp.calibrate(model, ids, levels=(0.5,), sequences=1, length=8)
-            act = call(sp.apply, bases.plan, calibration=rows, **{name: value})
-            yield Case(f"apply({name}={value!r})", "llada", act)
-    shapes: dict[str, Any] = {
-        "floats": ids.float(),
-        "too large ids": ids + 1000,
-        "negative ids": ids - 1000,
-        "no tokens": ids[:, :0],
-        "no rows": ids[:0],
-        "one dimension": ids[0],
-        "three": ids[None],
-        "None": None,
-        "a list of nothing": [],
-        "text without a tokenizer": "text",
-        "booleans": ids > 3,
-    }
-    for what, prompts in shapes.items():
-        yield Case(f"denoise of {what}", "llada", call(_denoised, prompts, steps=2, gen_length=4))
-        yield Case(f"profile of {what}", "llada", call(sp.profile, prompts, steps=2, gen_length=4))
-    numbers: dict[str, tuple[Any, ...]] = {
-        "steps": (0, -1, 1.5, "2", True, 10**9),
-        "gen_length": (0, -4, 1.5, "4"),
-        "block_length": (0, 3, -1, "2"),
-        "temperature": (-1.0, nan, "1"),
-        "top_p": (-1.0, 2.0, nan),
-        "top_k": (0, -1, 1.5),
-        "threshold": (-1.0, 2.0, nan),
-        "cache": ("no", 7),
-        "mask_token_id": (-1, 10**6, "60"),
-        "algorithm": ("no", 7),
-    }
-    for name, values in numbers.items():
-        for value in values:
-            options = {"steps": 2, "gen_length": 4} | {name: value}
-            yield Case(f"denoise({name}={value!r})", "llada", call(_denoised, ids, **options))
-    for name, value in {"method": "no", "sparsity": 1.5, "pattern": "3:2"}.items():
-        options = {"method": "magnitude", "sparsity": 0.5} | {name: value}
-        yield Case(f"sparsify({name}={value!r})", "llada", call(sp.sparsify, **options))
-
-
-def _denoised(model: torch.nn.Module, prompts: Any, **options: Any) -> object:
-    return list(sp.denoise(model, prompts, **options))
-
-
-def _command_lines() -> Iterator[Case]:
-    """Through ``main``: exit code 2 and one line."""
-    lines = {
-        "plan": (
-            "--ratio 2",
-            "--ratio nan",
-            "--ratio x",
-            "--criterion no",
-            "--unit no",
-            "--targets no",
-            "--fit no",
-            "--profile nothing",
-            "--calibration nothing",
-            "--min-heads -1",
-            "--device no",
-            "--roofs no",
-            "--latency-table nothing --target-speedup 2",
-            "--length 0",
-            "--seed x",
-            "--no-such-flag",
-        ),
-        "apply": ("--plan nothing", "--plan {base}/config.json", "--mode no --plan {base}/config.json"),
-        "profile": (
-            "--prompt x --steps 0",
-            "--text nothing",
-            "--text {base}/model.safetensors",
-            "--prompt x --steps x",
-        ),
-        "export": ("--to no", "--to gguf --dtype no"),
-        "eval": ("--text nothing", "--device cuda:99"),
-        "generate": ("--prompt x --steps -1", "--prompt x --cache no", "--prompt x --temperature -1"),
-    }
-    for verb, endings in lines.items():
-        for ending in endings:
-            out = "" if verb in ("eval", "generate") else " --out {base}/out"
-            for model in ("{base}", "nothing"):
-                words = f"{verb} {model} {ending}{out}"
-                yield Case(f"sinkprune {words}", "llada", partial(_command, words))
-
-
-def _command(words: str, folder: Path) -> None:
-    """Raises what the command line said, as a refusal; anything else is a fault."""
-    import contextlib
-    import io
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            code = main([*words.format(base=folder).split(), "--quiet"])
-    except SystemExit as error:  # argparse: usage, then a line
-        code = error.code
-        said = io.StringIO(said.getvalue().splitlines()[-1])
-    lines = said.getvalue().strip()
-    if code == 2:
-        raise ValueError(lines)
-    if code != 0:
-        raise RuntimeError(f"exit code {code}: {lines}")
-
-
-def judge(case: Case, bases: Bases, *, forked: bool = True) -> str | None:
-    """What is wrong with the outcome of ``case``; None where it is as expected."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "case"
-        shutil.copytree(bases.root / case.base, folder)
-        run = partial(attempt, apart=scratch) if forked else acted
-        outcome: Outcome = run(partial(case.act, folder))
-        left = [path.name for path in folder.rglob(".*.part")]
-        written = (folder / "out").is_dir() and not (folder / "out").is_symlink()
-        written = written and (folder / "out" / CONFIG).exists()
-    if outcome.kind != case.expected:
-        return f"{outcome.kind}: {outcome.said}"
-    if left or (written and case.expected == "refused"):
-        return f"left behind: {left or 'out'}"
-    return None
