@@ -258,10 +258,11 @@ def _check_share(ratio: float, unit: str, targets: tuple[str, ...], length: int,
     if unit == "heads" and targets != ("heads",):
         other = "experts" if targets == ("experts",) else "parameters"
         raise ValueError(f"unit='heads' removes heads only, got targets={targets}; use unit={other!r}")
-    if type(length) is not int or length < 1:
-        raise ValueError(f"length must be an integer of at least 1, got {length!r}")
-    if type(seed) is not int:
-        raise TypeError(f"seed must be an integer, got {seed!r}")
+    for name, value in {"length": length, "seed": seed}.items():
+        if type(value) is not int:
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
 
 
 def _check_evidence(

@@ -58,16 +58,18 @@ class Verbs:
         return next(iter(model.state_dict().values())).flatten()[:5].tolist()
 
 
-def killed(write: Callable[[], object], after: float) -> bool:
-    """Whether ``write``, in a forked child, was killed after so many seconds; False where it ended before."""
+def killed(write: Callable[[], object], after: float | None) -> bool:
+    """Whether ``write``, in a forked child, was killed after so many seconds; False where it ended before,
+    or where it was left alone (None)."""
     child = os.fork()
     if child == 0:
         try:
             write()
         finally:
             os._exit(0)
-    time.sleep(after)
-    os.kill(child, signal.SIGKILL)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)
 
@@ -90,7 +92,7 @@ def attack(folder: Path, kills: int, seed: int = 0, verbs: Any = None) -> tuple[
         for version in (0, 1):
             path = folder / _named(name, version)
             started = time.monotonic()
-            write(version, path)
+            killed(partial(write, version, path), None)  # as long as it takes in a child
             seconds[name] = time.monotonic() - started
             expected[name, version] = verbs.readers[name](path)
     tries = 0
