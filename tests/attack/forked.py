@@ -23,7 +23,8 @@ LINE = 400  # characters of a refusal, paths apart
 @dataclass
 class Outcome:
     """``kind``: ``"accepted"``, ``"refused"``, ``"unclear"`` (refused in several lines or at length),
-    ``"traceback"``, ``"death"`` or ``"endless"``; ``said``: the error's text."""
+    ``"traceback"``, ``"death"`` or ``"endless"``; ``said``: the error's text, or as JSON what string or list
+    was returned."""
 
     kind: str
     said: str = ""
@@ -52,6 +53,18 @@ def attempt(action: Callable[[], object], seconds: float = 20.0, apart: str = ""
     return Outcome(kind, f"ended with status {status}")
 
 
+def result(action: Callable[[], object], seconds: float = 20.0) -> object:
+    """What ``action`` returns, in a forked child, as JSON keeps it: the parent's own threads stay few.
+
+    Raises:
+        ValueError: it was not accepted; the outcome.
+    """
+    outcome = attempt(action, seconds)
+    if outcome.kind != "accepted":
+        raise ValueError(f"{outcome.kind}: {outcome.said}")
+    return json.loads(outcome.said)
+
+
 def _become(writer: int, action: Callable[[], object], apart: str) -> None:
     """In the child: act, say what happened, end without running anything of the parent's."""
     try:
@@ -69,7 +82,7 @@ def _become(writer: int, action: Callable[[], object], apart: str) -> None:
 def acted(action: Callable[[], object], apart: str = "") -> Outcome:
     """Run ``action`` here."""
     try:
-        action()
+        returned = action()
     except REFUSALS as error:
         said = str(error)
         if not said.strip() or "\n" in said or len(said.replace(apart, "")) > LINE:
@@ -77,7 +90,8 @@ def acted(action: Callable[[], object], apart: str = "") -> Outcome:
         return Outcome("refused", said)
     except BaseException:
         return Outcome("traceback", traceback.format_exc()[-900:])
-    return Outcome("accepted")
+    plain = returned if isinstance(returned, (str, list)) else None
+    return Outcome("accepted", json.dumps(plain))
 
 
 def _read(reader: int, seconds: float) -> bytes | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import toys
+from forked import result
 
 import sinkprune as sp
 
@@ -58,18 +59,16 @@ class Verbs:
         return next(iter(model.state_dict().values())).flatten()[:5].tolist()
 
 
-def killed(write: Callable[[], object], after: float | None) -> bool:
-    """Whether ``write``, in a forked child, was killed after so many seconds; False where it ended before,
-    or where it was left alone (None)."""
+def killed(write: Callable[[], object], after: float) -> bool:
+    """Whether ``write``, in a forked child, was killed after so many seconds; False where it ended before."""
     child = os.fork()
     if child == 0:
         try:
             write()
         finally:
             os._exit(0)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)
 
@@ -92,9 +91,9 @@ def attack(folder: Path, kills: int, seed: int = 0, verbs: Any = None) -> tuple[
         for version in (0, 1):
             path = folder / _named(name, version)
             started = time.monotonic()
-            killed(partial(write, version, path), None)  # as long as it takes in a child
+            _write(write, version, path)
             seconds[name] = time.monotonic() - started
-            expected[name, version] = verbs.readers[name](path)
+            expected[name, version] = result(partial(verbs.readers[name], path))
     tries = 0
     while counts["kills"] < kills and tries < 4 * kills:
         name = list(verbs.writers)[tries % len(verbs.writers)]
@@ -102,7 +101,7 @@ def attack(folder: Path, kills: int, seed: int = 0, verbs: Any = None) -> tuple[
         path = folder / _named(name, 1 + tries)
         there = rng.random() < 0.7
         if there:
-            verbs.writers[name](0, path)
+            _write(verbs.writers[name], 0, path)
         was_killed = killed(partial(verbs.writers[name], 1, path), rng.random() * 1.1 * seconds[name])
         counts["kills"] += was_killed
         counts["left by kills"] += len(parts_of(folder))
@@ -111,7 +110,7 @@ def attack(folder: Path, kills: int, seed: int = 0, verbs: Any = None) -> tuple[
         if state not in ("old", "new") and not (may_be_absent and state == "absent"):
             faults.append(f"{name}, killed: {state}")
         counts[state] = counts.get(state, 0) + 1
-        verbs.writers[name](1, path)  # the next run
+        _write(verbs.writers[name], 1, path)  # the next run
         if parts_of(folder):
             faults.append(f"{name}: the next run leaves {parts_of(folder)[:2]}")
         if _state(verbs, name, path, expected) != "new":
@@ -119,6 +118,11 @@ def attack(folder: Path, kills: int, seed: int = 0, verbs: Any = None) -> tuple[
     if counts["kills"] < kills:
         faults.append(f"only {counts['kills']} of {kills} came in time")
     return counts, faults
+
+
+def _write(writer: Callable[[int, Path], object], version: int, path: Path) -> None:
+    """In a child that nobody kills."""
+    result(lambda: str(writer(version, path)))
 
 
 def _named(verb: str, number: int) -> str:
@@ -129,7 +133,7 @@ def _state(verbs: Any, name: str, path: Path, expected: dict[tuple[str, int], ob
     if not path.exists():
         return "absent"
     try:
-        found = verbs.readers[name](path)
+        found = result(partial(verbs.readers[name], path))
     except Exception as error:
         return f"unreadable ({error})"
     return {0: "old", 1: "new"}.get(next((v for v in (0, 1) if expected[name, v] == found), 2), "another")
