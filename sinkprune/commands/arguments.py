@@ -179,10 +179,20 @@ def new_folder(path: str, overwrite: bool) -> Path:
     return folder
 
 
-def output_file(path: str) -> Path:
-    """The file's path, its folder checked before any long work."""
-    file = Path(path)
+def add_file_flags(sub: argparse.ArgumentParser, what: str) -> None:
+    """What ``output_file`` reads."""
+    sub.add_argument("--out", required=True, help=f"{what}; - is standard output")
+    sub.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+
+
+def output_file(options: argparse.Namespace) -> Path | None:
+    """The path of ``--out``, checked before any long work; None for standard output."""
+    if options.out == "-":
+        return None
+    file = Path(options.out)
     check_file(file)
+    if file.exists() and not options.overwrite:
+        raise FileExistsError(f"{file} exists; choose another path, or --overwrite it")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise FileNotFoundError(f"{file.parent} is not a folder that can be written")
     return file

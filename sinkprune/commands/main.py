@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if options.json:
         text = json.dumps(_without_nan(result), indent=1, allow_nan=False)
-    return _print(text, f"sinkprune {options.command}")
+    return 0 if not text else _print(text, f"sinkprune {options.command}")
 
 
 def _print(text: str, who: str) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from typing import Any
 
 from sinkprune.commands import arguments
@@ -26,7 +28,7 @@ def _add_profile(commands: arguments.Commands) -> None:
     sub.add_argument("--prompt", action="append", help="a prompt; may be repeated")
     sub.add_argument("--text", help="take prompts from this text file")
     sub.add_argument("--prompts", type=int, default=8, help="how many from --text (default: %(default)s)")
-    sub.add_argument("--out", required=True, help="the profile's file (safetensors)")
+    arguments.add_file_flags(sub, "the profile's file (safetensors)")
     arguments.add_sampler_flags(sub, 128)
 
 
@@ -34,7 +36,7 @@ def _profile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from sinkprune.checkpoints import checkpoint
     from sinkprune.generation import profiling
 
-    out = arguments.output_file(options.out)
+    out = arguments.output_file(options)
     model, tokenizer = checkpoint.load(options.model, device=options.device)
     prompts = list(options.prompt or [])
     if options.text:
@@ -50,8 +52,11 @@ def _profile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         progress=not options.quiet,
         **arguments.sampler_options(options),
     )
-    profile.save(out)
     summary = profile.summary()
+    if out is None:
+        sys.stdout.buffer.write(profile.to_bytes())
+        return summary, ""
+    profile.save(out)
     text = (
         f"trajectories: {summary['samples']} of {summary['steps']} steps: "
         f"{100 * summary['heads_moving_over_3']:.0f} % of heads move their sink more than 3 positions\n"
@@ -90,7 +95,7 @@ def _add_plan(commands: arguments.Commands) -> None:
         "--latency-table", help="for a target: a table's file, measure, or computed for A100, H100 or H200"
     )
     sub.add_argument("--roofs", help="of the ceiling: cpu, cuda, A100, H100 or H200 (default: the --device)")
-    sub.add_argument("--out", required=True, help="the plan's file (JSON)")
+    arguments.add_file_flags(sub, "the plan's file (JSON)")
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -99,7 +104,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from sinkprune.planning import costs, fits, hardware
     from sinkprune.planning import planner as planning
 
-    out = arguments.output_file(options.out)
+    out = arguments.output_file(options)
     roofs = hardware.roofs(options.roofs or options.device)
     model, tokenizer = checkpoint.load(options.model, device=options.device)
     profile = profiling.SinkProfile.load(options.profile) if options.profile else None
@@ -132,20 +137,23 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     experts = f" and {plan.experts_removed} experts" if plan.experts_removed else ""
     blocks = _blocks_text(plan.details["blocks"]) if "blocks" in plan.details else ""
     ceilings = costs.ceilings(model, plan, options.batch, plan.details["length"], roofs)
-    plan.save(out)
-    text = (
-        f"removes {plan.heads_removed} heads{experts}, {100 * plan.parameters_removed:.1f} % of the block "
-        "parameters\n"
-        f"{blocks}{fit}this plan can give {costs.ceilings_text(ceilings)}\nwrote {out}"
-    )
-    return {
+    result = {
         "heads_removed": plan.heads_removed,
         "experts_removed": plan.experts_removed,
         "parameters_removed": plan.parameters_removed,
         "ceiling": ceilings["arithmetic"],
         "ceilings": ceilings,
         "plan": plan.to_dict(),
-    }, text
+    }
+    if out is None:
+        return result, json.dumps(plan.to_dict(), indent=1)
+    plan.save(out)
+    text = (
+        f"removes {plan.heads_removed} heads{experts}, {100 * plan.parameters_removed:.1f} % of the block "
+        "parameters\n"
+        f"{blocks}{fit}this plan can give {costs.ceilings_text(ceilings)}\nwrote {out}"
+    )
+    return result, text
 
 
 def _blocks_text(told: dict[str, Any]) -> str:

@@ -111,7 +111,11 @@ class SinkProfile:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, its description in the header as JSON; atomically."""
+        """Write ``to_bytes``, atomically."""
+        write_whole(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """One safetensors file, its description in the header as JSON."""
         description = {
             "schema": SCHEMA,
             "kind": "sink_profile",
@@ -123,7 +127,7 @@ class SinkProfile:
         }
         tensors = {**self.statistics, "trace_positions": self.trace_positions, "trace_mass": self.trace_mass}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_whole(path, save(contiguous, metadata={"sink_profile": json.dumps(description)}))
+        return save(contiguous, metadata={"sink_profile": json.dumps(description)})
 
     @classmethod
     def load(cls, path: str | Path) -> SinkProfile:

@@ -34,6 +34,23 @@ def test_json_has_null_where_a_value_is_not_finite(monkeypatch, capsys):
     assert read == {"nan": None, "in": [{"inf": None}, [None, 1.5]], "n": 3, "s": "NaN"}
 
 
+def test_a_file_that_is_there_is_replaced_only_when_asked(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    plan = ["plan", "tiny", "--criterion", "magnitude", "--out", str(out), "--quiet"]
+    assert main(plan) == 0
+    first = out.read_text()
+    assert main([*plan, "--ratio", "0.2"]) == 2 and out.read_text() == first
+    assert f"{out} exists; choose another path, or --overwrite it" in capsys.readouterr().err
+    assert main([*plan, "--ratio", "0.2", "--overwrite"]) == 0 and out.read_text() != first
+
+
+def test_a_dash_is_standard_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "tiny", "--criterion", "magnitude", "--out", "-", "--quiet"]) == 0
+    plan = sp.PrunePlan.from_dict(json.loads(capsys.readouterr().out))
+    assert plan == sp.plan(sp.load("tiny")[0], criterion="magnitude") and not list(tmp_path.iterdir())
+
+
 def test_closed_pipe_ends_quietly_with_141():
     reading, writing = os.pipe()
     os.close(reading)
