@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -34,21 +35,26 @@ def attempt(action: Callable[[], object], seconds: float = 20.0, apart: str = ""
     """Run ``action`` in a forked child, with ``seconds`` and a limit on its memory. ``apart`` is a path that
     does not count as text."""
     reader, writer = os.pipe()
+    stack = os.memfd_create("stack")
     child = os.fork()
     if child == 0:
         os.close(reader)
+        faulthandler.register(signal.SIGUSR1, stack, all_threads=True)
         _become(writer, action, apart)
     os.close(writer)
     kind = "death"
     try:
         told = _read(reader, seconds)
         if told is None:
+            os.kill(child, signal.SIGUSR1)
+            time.sleep(0.3)
             os.kill(child, signal.SIGKILL)
-            return Outcome("endless", f"not done after {seconds:.0f} s")
+            return Outcome("endless", f"not done after {seconds:.0f} s; {os.pread(stack, 900, 0).decode()}")
         if told:
             return Outcome(*json.loads(told))
     finally:
         os.close(reader)
+        os.close(stack)
         _, status = os.waitpid(child, 0)
     return Outcome(kind, f"ended with status {status}")
 
