@@ -5,8 +5,8 @@
 Three stages, each resumable: ``study_heads`` (heads.json), ``study_claims`` (claims.json) and
 ``study_weights`` (weights.json). Their parts for each model run side by side, a thread each; what is timed
 runs last, alone. What they print goes to ``<part>.log``. ``--page`` only writes the page, from what is there,
-with the sections that hours of ``study_small``, minutes of ``study_claims --model small`` and half an hour of
-``study_blocks`` give.
+with the sections that hours of ``study_small``, minutes of ``study_claims --model small``, half an hour of
+``study_blocks`` and as long of ``study_repairs`` give.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import study_blocks_report
 import study_heads_report
+import study_repairs
 import study_small_report
 import study_weights_report
 from study_heads import PAPER
@@ -34,7 +35,7 @@ from sinkprune.planning.planner import DEFAULT_CRITERION
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 PAGE = ROOT / "docs/study.md"
-STAGES = ("heads", "claims", "weights", "small", "claims_small", "blocks")
+STAGES = ("heads", "claims", "weights", "small", "claims_small", "blocks", "repairs")
 
 HEAD = """# Study: what to remove
 
@@ -64,6 +65,8 @@ def page(out: Path) -> str:
         parts.append(study_blocks_report.section(found["blocks"]))
     if "heads" in found:
         parts.append(study_heads_report.section(found["heads"]))
+    if "repairs" in found:
+        parts.append(study_repairs.section(found["repairs"]))
     if "claims" in found and "generation" in found["claims"]["rows"]:
         parts.append(_generation(found["claims"]["rows"]["generation"]))
     if "weights" in found:
