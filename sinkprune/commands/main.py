@@ -11,18 +11,31 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sinkprune.commands import comparing, demo, exporting, machine, pruning, quality, sparsifying, writing
+from sinkprune.commands import (
+    comparing,
+    demo,
+    exporting,
+    in_one,
+    machine,
+    pruning,
+    quality,
+    sizing,
+    sparsifying,
+    writing,
+)
 from sinkprune.commands.arguments import check_device
 from sinkprune.version import __version__
 
 GROUPS = (
     demo,
+    in_one,
     pruning,
     exporting,
     sparsifying,
     quality,
     writing,
     comparing,
+    sizing,
     machine,
 )  # in the order of --help
 

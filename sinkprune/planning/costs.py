@@ -148,14 +148,23 @@ def dtype_of(model: nn.Module | Geometry) -> torch.dtype:
     return torch.bfloat16 if isinstance(model, Geometry) else next(model.parameters()).dtype
 
 
-def ceilings(model: nn.Module, plan: PrunePlan, batch: int, length: int, roofs: Roofs) -> dict[str, Any]:
-    """Both ceilings, JSON-ready. ``with_roofs`` is None where the roofs do not cover the model's dtype."""
-    known = str(dtype_of(model)).removeprefix("torch.") in roofs.flops
+def ceilings(
+    model: nn.Module | Geometry,
+    plan: PrunePlan,
+    batch: int,
+    length: int,
+    roofs: Roofs,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Both ceilings, JSON-ready. ``with_roofs`` is None where the roofs do not cover the dtype (None: the
+    model's)."""
+    dtype = dtype or dtype_of(model)
+    known = str(dtype).removeprefix("torch.") in roofs.flops
     return {
         "batch": batch,
         "length": length,
         "arithmetic": ceiling(model, plan, batch, length),
-        "with_roofs": ceiling(model, plan, batch, length, roofs) if known else None,
+        "with_roofs": ceiling(model, plan, batch, length, roofs, dtype) if known else None,
         "roofs": f"{roofs.device} ({roofs.source})",
     }
 
