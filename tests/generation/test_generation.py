@@ -200,7 +200,7 @@ def bad(change, message):
     ("change", "message"),
     [
         bad({"prompt_ids": torch.zeros(1, 0, dtype=torch.long)}, r"P >= 1, got \(1, 0\)"),
-        bad({"prompt_ids": torch.zeros(4, dtype=torch.long)}, r"shape \[B, P\] with P >= 1, got \(4,\)"),
+        bad({"prompt_ids": torch.zeros(4, dtype=torch.long)}, r"with B and P >= 1, got \(4,\)"),
         bad({"attention_mask": torch.ones(1, 5)}, r"attention_mask must have shape \(1, 4\), got \(1, 5\)"),
         bad({"gen_length": 0}, "gen_length must be at least 1, got 0"),
         bad({"block_length": 5}, "block_length must divide gen_length=8, got 5"),

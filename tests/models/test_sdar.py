@@ -13,7 +13,7 @@ from sinkprune.models.sdar import SDARConfig
         ({"intermediate_size": None}, "SDAR config: 'intermediate_size' must be a positive integer"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
         ({"head_dim": 9}, "the rotated width of a head even"),
-        ({"block_size": 0}, "block_size must be a positive integer, got 0"),
+        ({"block_size": 0}, r"block_size must be a positive integer below 2\^31, got 0"),
         ({"hidden_act": "gelu"}, "only hidden_act='silu' is supported"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "only rope_scaling=None is supported"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "only rope_type='default' is supported"),

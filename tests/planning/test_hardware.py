@@ -121,8 +121,8 @@ def test_both_ceilings_are_told_before_anything_is_pruned(tmp_path, monkeypatch,
     plan = PrunePlan.load(tmp_path / "p.json")
     assert told["ceilings"]["arithmetic"] == told["ceiling"] == sp.ceiling(model, plan, 1, 64)
     assert told["ceilings"]["with_roofs"] == sp.ceiling(model, plan, 1, 64, flat(1e11, 1e10))
-    assert main([*arguments, "--roofs", "H100"]) == 0
+    assert main([*arguments, "--overwrite", "--roofs", "H100"]) == 0
     h100 = sp.ceiling(model, plan, 1, 64, hardware.data_sheet("H100"))
     line = f"at most {told['ceiling']:.2f}x at 1 x 64 tokens (arithmetic), {h100:.2f}x with the roofs of H100"
     assert line in capsys.readouterr().out
-    assert main([*arguments, "--roofs", "abacus"]) == 2
+    assert main([*arguments, "--overwrite", "--roofs", "abacus"]) == 2
