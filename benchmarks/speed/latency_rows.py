@@ -59,7 +59,8 @@ def rounds_of(bench: str, case: Case, device: str) -> int:
 def time_group(bench: str, variants: list[Variant], case: Case, device: str, roofs: Roofs) -> list[Row]:
     """Interleaved timings of a group; the first variant is the one that ratios refer to."""
     calls = {v.name: v.run for v in variants}
-    timings, ratios = interleaved(calls, repeats=rounds_of(bench, case, device), warmup=2, device=device)
+    repeats, once = rounds_of(bench, case, device), case.rounds == 1 or bench == "generation"
+    timings, ratios = interleaved(calls, repeats=repeats, warmup=1 if once else 2, device=device)
     timings = {v.name: Timing(*(value / v.calls for value in astuple(timings[v.name]))) for v in variants}
     first, dtype = variants[0], case.dtype
     dense = timings[first.name].median
@@ -87,7 +88,7 @@ def time_group(bench: str, variants: list[Variant], case: Case, device: str, roo
                 least(first) / least(variant) if least(variant) else None,
                 flops(variant) / timing.median / 1e9, moved(variant) / timing.median / 1e6,
                 _peak(variant, device), dense / ceiling if ceiling else None, share,
-                _busy(variant.run) if device == "cuda" else None,
+                _busy(variant.run, 1 if once else 5) if device == "cuda" else None,
                 least(variant) / (timing.median / 1e3) if least(variant) else None,
                 variant.backend,
             )
@@ -106,14 +107,14 @@ def _peak(variant: Variant, device: str) -> int | None:
     return None if variant.compiled else counted_peak(variant.run)
 
 
-def _busy(run: Callable[[], object]) -> float:
-    """Kernel time over wall time of some calls."""
+def _busy(run: Callable[[], object], calls: int) -> float:
+    """Kernel time over wall time of ``calls`` calls."""
     from torch.profiler import ProfilerActivity, profile
 
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         start.record()
-        for _ in range(5):
+        for _ in range(calls):
             run()
         end.record()
         torch.cuda.synchronize()

@@ -15,7 +15,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-TINY = {"d_model": 64, "n_heads": 4, "n_layers": 2, "mlp_hidden_size": 96, "vocab_size": 80}
+TINY = {"d_model": 64, "n_heads": 4, "n_layers": 1, "mlp_hidden_size": 96, "vocab_size": 80}
 
 
 def main(arguments: list[str]) -> None:
@@ -91,8 +91,8 @@ def small_latency(module: Any) -> None:
     for name, sizes in module.SHAPES.items():
         module.SHAPES[name] = {**TINY, **({"n_kv_heads": 2} if "n_kv_heads" in sizes else {})}
     hardware.measure = functools.partial(hardware.measure, elements=1 << 12, size=64)
-    latency_groups.REPLAYS = 2
-    case = module.Case("LLaDA-8B", torch.bfloat16, 1, 16, 2, 2)
+    latency_groups.REPLAYS, latency_groups.REMOVED = 2, (0.5,)
+    case = module.Case("LLaDA-8B", torch.bfloat16, 1, 16, 1, 1)
     module.cases = lambda device, quick: [case]
     main = module.main
 
