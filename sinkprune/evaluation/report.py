@@ -74,7 +74,7 @@ def compare(
         }
         quality |= pair if label == "held-out" else {"out_of_domain": pair}
     say("speed")
-    speed = measure_speed(dense, pruned, plan)
+    speed = measure_speed(dense, pruned, plan, rounds=ROUNDS)
     for side in ("dense", "pruned"):
         seconds = speed[f"{side}_ms_per_step"] / 1e3
         speed[f"{side}_tokens_per_second"] = NEW_TOKENS / (STEPS * seconds)

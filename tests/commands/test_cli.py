@@ -12,6 +12,7 @@ from sinkprune.checkpoints.checkpoint import asset, texts
 from sinkprune.commands import arguments as shared
 from sinkprune.commands.arguments import prompts_from
 from sinkprune.commands.main import main
+from sinkprune.evaluation import report
 from sinkprune.planning import planner as planning
 
 PROMISED = [
@@ -40,6 +41,13 @@ def made(tmp_path_factory):
     run("plan", "tiny", "--profile", folder / "profile.safetensors", *few, "--out", folder / "plan.json")
     run("apply", "tiny", "--plan", folder / "plan.json", *few, "--out", folder / "pruned")
     return folder
+
+
+@pytest.fixture
+def short_report(monkeypatch):
+    """What a report measures, on little text and in few rounds."""
+    for name, value in {"WINDOWS": 4, "ROUNDS": 5, "STEPS": 16, "NEW_TOKENS": 32}.items():
+        monkeypatch.setattr(report, name, value)
 
 
 def run(*arguments):
@@ -93,7 +101,7 @@ def test_eval_against_another_model_pairs_text_and_what_is_written(made, capsys)
     assert "against tiny (95 % intervals):" in capsys.readouterr().out
 
 
-def test_report_is_self_contained_and_says_what_the_files_say(made, tmp_path, capsys):
+def test_report_is_self_contained_and_says_what_the_files_say(made, tmp_path, capsys, short_report):
     capsys.readouterr()
     profile = made / "profile.safetensors"
     run("report", "tiny", made / "pruned", "--profile", profile, "--out", tmp_path / "r", "--json")
@@ -118,15 +126,15 @@ def test_demo_refuses_before_the_long_work_and_makes_no_folder(tmp_path, capsys,
     assert "loading" not in capsys.readouterr().err and not (tmp_path / "d").exists()
 
 
-def test_demo_writes_what_it_promises(tmp_path, capsys):
+def test_demo_writes_what_it_promises(tmp_path, capsys, short_report):
     run("demo", "--out", tmp_path / "d", "--prompts", "2", "--steps", "8", "--gen-length", "16")
-    report = json.loads((tmp_path / "d" / "report.json").read_text())
+    written = json.loads((tmp_path / "d" / "report.json").read_text())
     for path in PROMISED:
-        value = report
+        value = written
         for key in path.split("."):
             value = value[key]
         assert value is not None
-    assert report["profile"]["steps"] == 8
+    assert written["profile"]["steps"] == 8
     for name in ("report.html", "heads.png", "positions.png", "profile.safetensors", "plan.json"):
         assert (tmp_path / "d" / name).stat().st_size > 0
 
