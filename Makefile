@@ -35,7 +35,7 @@ train-small: setup
 	$(BIN)/python examples/train_small.py --run $(RUN)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The families' tests under other versions of transformers, numpy and triton: the table of CONTRIBUTING.md.
 matrix: setup

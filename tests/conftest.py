@@ -25,7 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
 
 
+# Files of few and slow tests: begun first, so that no worker is left with one at the end.
+SLOW = ("test_rehearsal.py", "test_newcomer.py", "test_layer_launches.py", "test_shapes.py", "test_attack.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOW)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sinkprune.files import read_json, require_regular
 from sinkprune.models import transformers_native
-from sinkprune.models.common import PACKED
+from sinkprune.models.config_keys import PACKED
 from sinkprune.models.published import NATIVE, native_kind
 from sinkprune.models.transformers_native import transformers_class
 

@@ -11,31 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from sinkprune import ops
+from sinkprune.models.config_keys import PACKED, refuse_unknown
 from sinkprune.models.modules import AttentionCall, AttentionObserver
 from sinkprune.models.norm import gated
 from sinkprune.models.rotary import rotary_table
 
 Config = TypeVar("Config", bound="PublishedConfig")
-# Keys that change what is computed, of no native family: packed weights, and other rotary tables.
-PACKED = ("quantization_config", "compression_config")
-REFUSED = (*PACKED, "rope_scaling")
-# Keys that change what is computed where a family does not name them itself, with values that change nothing.
-CHANGES: dict[str, tuple[Any, ...]] = {
-    "expert_capacity": (), "use_mrope": (False,), "no_rope_layers": ([],), "clip_qkv": (),
-    "attn_logit_softcapping": (), "final_logit_softcapping": (), "query_pre_attn_scalar": (),
-    "embedding_multiplier": (1,), "residual_multiplier": (1,), "attention_multiplier": (),
-    "logit_scale": (1,), "logits_scaling": (1,), "mlp_bias": (False,), "multi_query_attention": (False,),
-    "partial_rotary_factor": (1,),
-}  # fmt: skip
-
-
 LARGEST = 2**31  # of sizes and counts
 
 
 @dataclass(kw_only=True)
 class PublishedConfig:
-    """The keys of a published ``config.json`` that shape the computation; the others are kept in
-    ``extra``."""
+    """The keys of a published ``config.json`` that shape the computation; ``extra`` keeps those that are
+    known to change nothing (``config_keys``)."""
 
     vocab_size: int
     rope_theta: float = 10000.0
@@ -77,7 +65,7 @@ class PublishedConfig:
                 raise ValueError(
                     f"{cls.FAMILY} config: only {key}={expected!r} is supported, got {config[key]!r}"
                 )
-        for key in REFUSED:
+        for key in (*PACKED, "rope_scaling"):
             if config.get(key) is not None:
                 raise ValueError(
                     f"{cls.FAMILY} config: {key} is not computed here, got {str(config[key])[:80]}"
@@ -87,15 +75,15 @@ class PublishedConfig:
             allowed = " or ".join(f"rope_type={kind!r}" for kind in cls.ROPE_TYPES)
             raise ValueError(f"{cls.FAMILY} config: only {allowed} is supported, got {rope['rope_type']!r}")
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        config = {**{key: rope[key] for key in rope.keys() & names}, **config}
+        config = {**{key: rope[key] for key in rope.keys() & {*names, "partial_rotary_factor"}}, **config}
         known = {key: value for key, value in config.items() if key in names}
         result = cls(**known, extra={key: value for key, value in config.items() if key not in names})
         result._check_numbers()
-        result._refuse_changes()
         rows, mask = getattr(result, "vocabulary_rows", result.vocab_size), result.mask_token_id
         if mask is not None and (type(mask) is not int or not 0 <= mask < rows):
             raise ValueError(f"{cls.FAMILY} config: mask_token_id must be one of {rows} ids, got {mask!r}")
         result.check()
+        refuse_unknown(cls.FAMILY, result, result.extra, cls.FIXED)
         return result
 
     def _check_numbers(self) -> None:
@@ -118,19 +106,6 @@ class PublishedConfig:
 
     def check(self) -> None:
         """Raise ``ValueError`` naming the sizes that do not fit each other."""
-
-    def _refuse_changes(self) -> None:
-        """Raise ``ValueError`` naming a key of ``extra`` that changes what is computed."""
-        for key, harmless in CHANGES.items():
-            value = self.extra.get(key)
-            if key not in self.FIXED and value is not None and value not in harmless:
-                raise ValueError(f"{self.FAMILY} config: {key} is not computed here, got {str(value)[:80]}")
-        kinds = {str(kind) for kind in self.extra.get("layer_types") or ()} - {"full_attention"}
-        if kinds:
-            raise ValueError(
-                f"{self.FAMILY} config: only layer_types of 'full_attention' are computed here, got "
-                f"{', '.join(sorted(kinds))}"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to ``config.json``."""

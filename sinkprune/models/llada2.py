@@ -53,6 +53,7 @@ class LLaDA2Config(BlockCausalConfig):
         "norm_head": False,
         "norm_topk_prob": True,
         "score_function": "sigmoid",
+        "use_qk_norm": True,
     }
 
     def check(self) -> None:

@@ -69,7 +69,7 @@ CONFIGS = {
         LLaDA2Family, {"first_k_dense_replace": 0, "use_qkv_bias": True, "use_bias": True},
     ),
     "llada2, all layers dense, whole RoPE": (
-        LLaDA2Family, {"first_k_dense_replace": 3, "partial_rotary_factor": 1.0},
+        LLaDA2Family, {"first_k_dense_replace": 3, "partial_rotary_factor": 1.0, "rotary_dim": 12},
     ),
     "llada2, mha, block of 8": (LLaDA2Family, {"num_key_value_heads": 4, "block_size": 8}),
 }  # fmt: skip
