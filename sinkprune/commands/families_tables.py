@@ -91,6 +91,9 @@ LEFT_OUT = """
 - **LLaDA2.2** (-mini, -flash): it routes a block's tokens together (`expert_capacity`), and inserts and
   deletes tokens. Its modelling code could not be had, only descriptions of it: a config with
   `expert_capacity` is refused by name, and so is its sampler.
+- **Forks** of these families: a key of `config.json` that no family here reads and that is not known to be
+  bookkeeping is refused by name (`sinkprune/models/config_keys.py`), since forks add keys that change what is
+  computed (`use_relay`, `use_loopholing`).
 - **Experts** go, or channels of them, from the native LLaDA2 alone (`targets=("experts",)`), as many from
   every layer and from every group of its router; live objects and transformers classes keep theirs, and so
   do **LLaDA-MoE**, **RND1** and **DiffusionGemma**. The rules that choose them are tested on toys with random
