@@ -138,6 +138,9 @@ def calibration_rows(model: Any, tokenizer: Any, options: argparse.Namespace) ->
 
     if tokenizer is None and options.calibration is None:
         return None
+    for flag in ("calibration_windows", "calibration_length"):
+        if getattr(options, flag) < 1:
+            raise ValueError(f"{options.spelt[flag]} must be at least 1, got {getattr(options, flag)}")
     text = read_text(options.calibration, "calibration")
     return calibration.calibrate(
         model,

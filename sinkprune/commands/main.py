@@ -15,6 +15,7 @@ from sinkprune.commands import (
     comparing,
     demo,
     exporting,
+    flags,
     in_one,
     machine,
     pruning,
@@ -48,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _print(parser.format_help().rstrip(), "sinkprune")
     try:
         check_device(getattr(options, "device", "cpu"))
+        flags.check(options)
         result, text = options.run(options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = flags.in_flags(" ".join(str(error).split()), options) or type(error).__name__
         print(f"sinkprune {options.command}: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -93,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="sinkprune", description="Sink-aware pruning for diffusion language models."
     )
     parser.add_argument("--version", action="version", version=f"sinkprune {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=flags.Verb)
     for group in GROUPS:
         group.add_commands(commands)
     return parser

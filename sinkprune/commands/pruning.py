@@ -72,7 +72,7 @@ def _add_plan(commands: arguments.Commands) -> None:
         "plan",
         _plan,
         "Decide what to remove.",
-        "sinkprune plan tiny --profile profile.safetensors --ratio 0.38 --out plan.json",
+        "sinkprune plan tiny --ratio 0.38 --out plan.json",
     )
     sub.add_argument("model", help="tiny, a local folder, or org/name[@revision] on the hub")
     sub.add_argument("--profile", help="from 'sinkprune profile', for criteria that need it")
@@ -88,7 +88,9 @@ def _add_plan(commands: arguments.Commands) -> None:
         "--fit", help="a target that shall hold it: llama.cpp, transformers, sglang, vllm or lmdeploy"
     )
     sub.add_argument("--batch", type=int, default=1, help="of the ceiling printed (default: %(default)s)")
-    sub.add_argument("--length", type=int, help="of the ceiling printed, and of a target (default: 1024)")
+    sub.add_argument(
+        "--length", type=int, help="of the ceiling printed, and of a target (default: 1024, or the context)"
+    )
     sub.add_argument("--target-speedup", type=float, help="instead of --ratio: times faster than dense")
     sub.add_argument("--target-latency", type=float, help="instead of --ratio: seconds per step")
     sub.add_argument(
@@ -99,6 +101,7 @@ def _add_plan(commands: arguments.Commands) -> None:
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from sinkprune.adapters import adapter_for
     from sinkprune.checkpoints import checkpoint
     from sinkprune.generation import profiling
     from sinkprune.planning import costs, fits, hardware
@@ -107,6 +110,9 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     out = arguments.output_file(options)
     roofs = hardware.roofs(options.roofs or options.device)
     model, tokenizer = checkpoint.load(options.model, device=options.device)
+    context = adapter_for(model).geometry().context
+    if options.length is not None and not 1 <= options.length <= context:
+        raise ValueError(f"--length must be 1 to {context}, the model's context; got {options.length}")
     profile = profiling.SinkProfile.load(options.profile) if options.profile else None
     plan = planning.plan(
         model,
@@ -166,12 +172,13 @@ def _blocks_text(told: dict[str, Any]) -> str:
 
 def _latency_table(model: Any, options: argparse.Namespace) -> Any:
     """The table of ``--latency-table``: a file's, measured now, or computed for a GPU's data sheet."""
-    from sinkprune.planning import hardware, latency_table
+    from sinkprune.adapters import adapter_for
+    from sinkprune.planning import hardware, latency_table, planner
 
     name = options.latency_table
     if name is None:
         return None
-    lengths = [options.length or 1024]
+    lengths = [options.length or planner.usual_length(adapter_for(model).geometry())]
     if name == "measure":
         return latency_table.measured_table(model, lengths, options.batch)
     if name in hardware.DATA_SHEETS:

@@ -25,7 +25,9 @@ def add_commands(commands: arguments.Commands) -> None:
     sub.add_argument("--highest-noise", type=float, default=1.0, help="of the bound (default: %(default)s)")
     sub.add_argument("--generation", action="store_true", help="also infill and continue half of each window")
     arguments.add_mask_flag(sub)
-    sub.add_argument("--scorer", help="folder of a causal LM that gives generated text its perplexity")
+    sub.add_argument(
+        "--scorer", help="a causal LM, local or org/name, that gives generated text its perplexity"
+    )
 
 
 def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -36,7 +38,8 @@ def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from sinkprune.checkpoints import checkpoint
     from sinkprune.evaluation import predictions as evaluation
 
-    text = arguments.read_text(options.text, "held_out")
+    text, levels_asked = arguments.read_text(options.text, "held_out"), _numbers(options.levels)
+    scorer = _scorer(options.scorer, options.device) if options.scorer else None
     loaded = [
         checkpoint.load(path, device=options.device)
         for path in (options.model, options.against)
@@ -50,7 +53,7 @@ def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
                 tokenizer=tokenizer,
                 windows=options.windows,
                 length=options.length,
-                levels=_numbers(options.levels),
+                levels=levels_asked,
                 highest_noise=options.highest_noise,
                 mask_token_id=options.mask_token_id,
                 progress=bar.update,
@@ -70,25 +73,18 @@ def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         result["difference"] = {name: interval._asdict() for name, interval in differences.items()}
         line += f"\nagainst {options.against} (95 % intervals):" + _lines(differences)
     if options.generation:
-        result["generation"], more = _eval_generation(options, text, loaded)
+        result["generation"], more = _eval_generation(options, text, loaded, scorer)
         line += more
     return result, line
 
 
 def _eval_generation(
-    options: argparse.Namespace, text: str, loaded: list[tuple[Any, Any]]
+    options: argparse.Namespace, text: str, loaded: list[tuple[Any, Any]], scorer: Any
 ) -> tuple[dict[str, Any], str]:
     from tqdm import tqdm
 
     from sinkprune.evaluation import generation_quality
 
-    scorer = None
-    if options.scorer:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        judge = AutoModelForCausalLM.from_pretrained(options.scorer, local_files_only=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(options.scorer, local_files_only=True)
-        scorer = generation_quality.CausalScorer(judge.to(options.device), tokenizer)
     half = options.length // 2
     with tqdm(desc="generating", unit="forward", disable=options.quiet) as bar:
         qualities = [
@@ -116,6 +112,39 @@ def _eval_generation(
             result[name] = {key: interval._asdict() for key, interval in found.items()}
             lines += f"\n{name} to {options.against}:" + _lines(found)
     return result, lines
+
+
+def _scorer(source: str, device: str) -> Any:
+    """The judge of ``--scorer``: a causal language model that ``load`` takes, or transformers.
+
+    Raises:
+        ValueError: another kind of model, or one without a tokenizer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sinkprune.checkpoints import checkpoint
+    from sinkprune.evaluation.generation_quality import CausalScorer
+    from sinkprune.files import read_json
+    from sinkprune.models.published import native_kind
+
+    folder = checkpoint.folder_of(source)
+    try:
+        if (folder / checkpoint.MANIFEST).exists() or native_kind(read_json(folder / "config.json")):
+            judge, tokenizer = checkpoint.load(folder, device=device)
+        else:
+            judge = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval().to(device)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 2]], device=device)
+        with torch.no_grad():
+            before = judge(ids).logits[:, :3].float()
+    except (ValueError, OSError, AttributeError) as error:
+        raise ValueError(f"--scorer {source}: expected a causal language model: {error}") from error
+    if not torch.allclose(before[0], before[1], rtol=1e-3, atol=1e-3):
+        raise ValueError(f"--scorer {source}: expected a causal language model; this one sees later tokens")
+    if tokenizer is None:
+        raise ValueError(f"--scorer {source}: expected a tokenizer beside the model")
+    return CausalScorer(judge, tokenizer)
 
 
 def _lines(intervals: dict[str, Any]) -> str:

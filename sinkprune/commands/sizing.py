@@ -52,6 +52,7 @@ def _sizes(options: argparse.Namespace) -> tuple[Geometry, PrunePlan | None, int
     from sinkprune.adapters import adapter_for
     from sinkprune.checkpoints import checkpoint
     from sinkprune.files import read_json
+    from sinkprune.planning.planner import usual_length
     from sinkprune.plans import PrunePlan
 
     folder = checkpoint.folder_of(options.model)
@@ -63,7 +64,7 @@ def _sizes(options: argparse.Namespace) -> tuple[Geometry, PrunePlan | None, int
     plan = PrunePlan.load(options.plan) if options.plan else PrunePlan.from_dict(own) if own else None
     if plan is not None and not plan.geometry.agrees(geometry):
         raise ValueError(f"the plan is for another model than {options.model}: its sizes differ")
-    length = min(1024, geometry.context) if options.length is None else options.length
+    length = usual_length(geometry) if options.length is None else options.length
     if not 1 <= length <= geometry.context:
         raise ValueError(f"--length must be 1 to {geometry.context}, the model's context; got {length}")
     if options.batch < 1:

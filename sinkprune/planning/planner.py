@@ -26,7 +26,7 @@ from sinkprune.planning.expert_rules import (
 from sinkprune.planning.experts import EXPERT_TARGETS, by_experts, keep_experts, require_experts
 from sinkprune.planning.fits import cost, fitted
 from sinkprune.planning.latency_planning import by_time
-from sinkprune.plans import LayerPlan, PrunePlan
+from sinkprune.plans import Geometry, LayerPlan, PrunePlan
 from sinkprune.targets import Fit, fit_for
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ def plan(
             ``"random"``.
         block_rule: which blocks go first: ``"influence"`` (the default), ``"reconstruction"``, ``"ablation"``
             or ``"random"``; all but random need calibration rows.
-        length: tokens of a forward, for ``unit="flops"`` (None: 1024) and for a target (None: the only length
-            of the table).
+        length: tokens of a forward, for ``unit="flops"`` (None: 1024, or the model's context where that is
+            shorter) and for a target (None: the only length of the table).
         target_speedup, target_latency: instead of a ratio and its unit: how many times faster than dense a
             step shall be, or how many seconds it may take, by ``latency_table``. Then ``allocation`` is
             neither: counts are chosen where time falls, at the least loss (``latency_planning``).
@@ -127,7 +127,7 @@ def plan(
     rules = asked if room is None else fitted(asked, room, geometry, targets)
     timed = target_speedup is not None or target_latency is not None or latency_table is not None
     ratio, unit = _share_of_a_target(fit) if timed else (ratio, unit)
-    tokens = 1024 if length is None else length
+    tokens = usual_length(geometry) if length is None else length
     blocks = block_target(geometry, targets, unit, only_share=not timed and room is None)
     _check_share(ratio, unit, targets, tokens, seed)
     channels_by = channel_rule or ("magnitude" if calibration is None else "flap")
@@ -169,6 +169,11 @@ def plan(
     if timed:
         made.ratio, made.allocation = made.parameters_removed, "latency"
     return made
+
+
+def usual_length(geometry: Geometry) -> int:
+    """Tokens of a forward where none are said: 1024, or the context where that is shorter."""
+    return min(1024, geometry.context)
 
 
 def _share_of_a_target(fit: str | None) -> tuple[float, str]:

@@ -28,7 +28,7 @@ def test_plan_and_apply_of_blocks(tmp_path, capsys):
 
 
 def test_all_blocks_are_refused_in_a_line(tmp_path, capsys):
-    asked = ["--targets", "blocks", "--unit", "blocks", "--ratio", "0.99", "--block-rule", "random", *FEW]
+    asked = ["--targets", "blocks", "--unit", "blocks", "--ratio", "0.99", "--block-rule", "random"]
     assert main(["plan", "tiny", *asked, "--out", str(tmp_path / "p"), "--quiet", "--json"]) == 2
     line = capsys.readouterr().err.strip()
     layers = sp.adapter_for(sp.load("tiny")[0]).geometry().num_layers

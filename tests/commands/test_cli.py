@@ -38,7 +38,7 @@ def made(tmp_path_factory):
     short = ["--steps", "4", "--gen-length", "8"]
     run("profile", "tiny", *prompt, *short, "--out", folder / "profile.safetensors")
     few = ["--calibration-windows", 2, "--calibration-length", 32]
-    run("plan", "tiny", "--profile", folder / "profile.safetensors", *few, "--out", folder / "plan.json")
+    run("plan", "tiny", *few, "--out", folder / "plan.json")
     run("apply", "tiny", "--plan", folder / "plan.json", *few, "--out", folder / "pruned")
     return folder
 
@@ -157,12 +157,12 @@ def test_doctor_names_versions_and_backends(capsys):
         (["generate", "no/such/folder", "hello"], "expected 'tiny', 'small', a local folder with"),
         (["generate", "tiny", ""], "a prompt must have at least one token"),
         (["generate", "tiny", "word " * 600], "exceed the context of 512"),
-        (["generate", "tiny", "a", "--steps", "200"], "at most gen_length=64, got 200"),
+        (["generate", "tiny", "a", "--steps", "200"], "at most --gen-length 64, got 200"),
         (["plan", "tiny", "--out", "/no/such/folder/plan.json"], "not a folder that can be written"),
         (["plan", "tiny", "--criterion", "magnitud", "--out", "plan.json"], "did you mean 'magnitude'"),
         (["plan", "tiny", "--ratio", "1.5", "--out", "plan.json"], "in [0, 1), got 1.5"),
-        (["plan", "tiny", "--criterion", "sink_variance", "--out", "plan.json"], "needs a profile"),
-        (["plan", "tiny", "--profile", "missing", "--out", "plan.json"], "No such file"),
+        (["plan", "tiny", "--criterion", "sink_variance", "--out", "plan.json"], "needs --profile FILE"),
+        (["plan", "tiny", "--profile", "missing", "--out", "plan.json"], "expected a sink profile, which"),
         (["profile", "tiny", "--out", "p.safetensors"], "at least one --prompt"),
         (["profile", "tiny", "--prompt", "a", "--out", "/proc/nope/p"], "not a folder that can be written"),
         (["demo", "--out", "/proc/nope"], "/proc/nope"),
@@ -201,7 +201,8 @@ def test_a_plan_or_profile_of_another_model_is_refused(made, tmp_path, capsys):
     run("doctor", pruned, "--json")
     assert json.loads(capsys.readouterr().out)["heads_removed"] == 18
     (tmp_path / "p").write_bytes((made / "profile.safetensors").read_bytes()[:1000])
-    line = refused(capsys, "plan", "tiny", "--profile", tmp_path / "p", "--out", tmp_path / "plan.json")
+    by = ["--criterion", "sink_variance", "--profile", tmp_path / "p"]
+    line = refused(capsys, "plan", "tiny", *by, "--out", tmp_path / "plan.json")
     assert "is not a sink profile" in line
 
 
@@ -246,7 +247,7 @@ def test_the_command_line_runs_as_a_module(address, monkeypatch, capsys):
         runpy.run_module(address, run_name="__main__")
     assert ended.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line == "sinkprune generate: error: gen_length must be at least 1, got 0"
+    assert line == "sinkprune generate: error: --gen-length must be at least 1, got 0"
 
 
 def test_the_given_mask_token_is_what_is_written_over(capsys):

@@ -66,7 +66,7 @@ def test_ceiling_and_memory_are_the_functions(made, capsys, monkeypatch):
         ),
         (["memory", "tiny", "--batch", "0"], "--batch must be at least 1, got 0"),
         (["memory", "nowhere"], "expected 'tiny', 'small', a local folder"),
-        (["ceiling", "tiny", "--plan", "nowhere"], "No such file: nowhere"),
+        (["ceiling", "tiny", "--plan", "nowhere"], "--plan: no such file: nowhere; expected a plan, which"),
     ],
 )
 def test_bad_sizes_are_one_line(arguments, message, capsys):

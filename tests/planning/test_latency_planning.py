@@ -300,14 +300,14 @@ def test_the_command_line_plans_for_a_gpu_that_is_not_there(tmp_path, capsys):
     from sinkprune.commands.main import main
 
     out = tmp_path / "plan.json"
-    target = ["--target-speedup", "1.1", "--latency-table", "H100", "--length", "2048"]
+    target = ["--target-speedup", "1.1", "--latency-table", "H100", "--length", "512"]
     arguments = ["plan", "tiny", "--criterion", "magnitude", "--targets", "heads,mlp", "--out", str(out)]
     arguments += ["--roofs", "H100"]
     assert main([*arguments, *target]) == 0
     plan = sp.PrunePlan.load(out)
     assert plan.details["latency_table"] == "H100 (computed, bfloat16, batch 1)"
     assert plan.details["dense_seconds_per_step"] / plan.details["seconds_per_step"] >= 1.1
-    assert "at 1 x 2048 tokens" in capsys.readouterr().out
+    assert "at 1 x 512 tokens" in capsys.readouterr().out
     again = [*arguments, "--overwrite"]
     assert main([*again, "--target-speedup", "1.1", "--latency-table", str(tmp_path / "none.json")]) == 2
     assert main([*again, "--target-speedup", "50", "--latency-table", "H100"]) == 2
