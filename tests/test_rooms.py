@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sinkprune"
 FLOORS = (
-    {"files", "version", "_C"},
+    {"files", "progress", "version", "_C"},
     {"plans", "targets"},
     {"kernels"},
     {"ops"},
@@ -30,6 +30,7 @@ FLAT = {
     "plans.py",
     "targets.py",
     "files.py",
+    "progress.py",
     "version.py",
 }  # modules that belong to no room
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -6,7 +6,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -96,6 +97,34 @@ def check_device(name: str) -> None:
     index = int(name.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+
+
+@contextmanager
+def bars(options: argparse.Namespace) -> Iterator[None]:
+    """Bars with the time left on standard error, ours and those of libraries; none under ``--quiet``
+    or where no terminal shows them."""
+    from sinkprune.progress import shown
+
+    show = not options.quiet and sys.stderr.isatty()
+    with shown(show), nullcontext() if show else _libraries_silent():
+        yield
+
+
+@contextmanager
+def _libraries_silent() -> Iterator[None]:
+    """transformers' and the hub's own bars off, and then as they were."""
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    ours, theirs = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if ours:
+            logging.enable_progress_bar()
+        if not theirs:
+            hub.disable_progress_bars()
 
 
 def teller(options: argparse.Namespace) -> Callable[[str], None]:

@@ -54,7 +54,6 @@ def _demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         tokenizer=tokenizer,
         steps=options.steps,
         gen_length=options.gen_length,
-        progress=not options.quiet,
     )
     say("planning")
     rows = arguments.calibration_rows(dense, tokenizer, options)

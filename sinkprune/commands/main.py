@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sinkprune.commands import (
+    arguments,
     comparing,
     demo,
     exporting,
@@ -24,7 +25,6 @@ from sinkprune.commands import (
     sparsifying,
     writing,
 )
-from sinkprune.commands.arguments import check_device
 from sinkprune.version import __version__
 
 GROUPS = (
@@ -41,16 +41,17 @@ GROUPS = (
 )  # in the order of --help
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``sinkprune`` with ``arguments`` (default: the process's) and return the exit code."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Run ``sinkprune`` with ``words`` (default: the process's) and return the exit code."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     if options.command is None:
         return _print(parser.format_help().rstrip(), "sinkprune")
     try:
-        check_device(getattr(options, "device", "cpu"))
+        arguments.check_device(getattr(options, "device", "cpu"))
         flags.check(options)
-        result, text = options.run(options)
+        with arguments.bars(options):
+            result, text = options.run(options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         line = flags.in_flags(" ".join(str(error).split()), options) or type(error).__name__
         print(f"sinkprune {options.command}: error: {line}", file=sys.stderr)

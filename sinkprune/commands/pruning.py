@@ -49,7 +49,6 @@ def _profile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         model,
         prompts,
         tokenizer=tokenizer,
-        progress=not options.quiet,
         **arguments.sampler_options(options),
     )
     summary = profile.summary()

@@ -33,8 +33,6 @@ def add_commands(commands: arguments.Commands) -> None:
 def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from dataclasses import asdict
 
-    from tqdm import tqdm
-
     from sinkprune.checkpoints import checkpoint
     from sinkprune.evaluation import predictions as evaluation
 
@@ -45,21 +43,19 @@ def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for path in (options.model, options.against)
         if path is not None
     ]
-    with tqdm(desc="evaluating", unit="forward", disable=options.quiet) as bar:
-        qualities = [
-            evaluation.evaluate(
-                model,
-                text,
-                tokenizer=tokenizer,
-                windows=options.windows,
-                length=options.length,
-                levels=levels_asked,
-                highest_noise=options.highest_noise,
-                mask_token_id=options.mask_token_id,
-                progress=bar.update,
-            )
-            for model, tokenizer in loaded
-        ]
+    qualities = [
+        evaluation.evaluate(
+            model,
+            text,
+            tokenizer=tokenizer,
+            windows=options.windows,
+            length=options.length,
+            levels=levels_asked,
+            highest_noise=options.highest_noise,
+            mask_token_id=options.mask_token_id,
+        )
+        for model, tokenizer in loaded
+    ]
     quality = qualities[0]
     levels = ", ".join(f"t={t}: {loss:.3f}" for t, loss in quality.at_level.items())
     result, line = (
@@ -81,26 +77,22 @@ def _eval(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _eval_generation(
     options: argparse.Namespace, text: str, loaded: list[tuple[Any, Any]], scorer: Any
 ) -> tuple[dict[str, Any], str]:
-    from tqdm import tqdm
-
     from sinkprune.evaluation import generation_quality
 
     half = options.length // 2
-    with tqdm(desc="generating", unit="forward", disable=options.quiet) as bar:
-        qualities = [
-            generation_quality.evaluate_generation(
-                model,
-                tokenizer,
-                text,
-                scorer=scorer,
-                windows=options.windows,
-                prompt_length=options.length - half,
-                gen_length=half,
-                mask_token_id=options.mask_token_id,
-                progress=bar.update,
-            )
-            for model, tokenizer in loaded
-        ]
+    qualities = [
+        generation_quality.evaluate_generation(
+            model,
+            tokenizer,
+            text,
+            scorer=scorer,
+            windows=options.windows,
+            prompt_length=options.length - half,
+            gen_length=half,
+            mask_token_id=options.mask_token_id,
+        )
+        for model, tokenizer in loaded
+    ]
     quality = qualities[0]
     result: dict[str, Any] = {"measures": quality.summary()}
     lines = "\ngenerated (95 % intervals):" + _lines({k: m.interval() for k, m in quality.measures.items()})

@@ -50,7 +50,6 @@ def _generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         model,
         tokenizer,
         options.prompt,
-        progress=not options.quiet,
         callback=steps.append,
         algorithm=options.algorithm,
         threshold=options.threshold,

@@ -18,6 +18,7 @@ from sinkprune.evaluation.text_measures import Measure
 from sinkprune.generation.denoising import decode, denoise, fill
 from sinkprune.generation.samplers import make_sampler
 from sinkprune.generation.windows import Reader
+from sinkprune.progress import bar
 
 Scorer = Callable[[list[str]], Sequence[float]]  # nats per token of each text; NaN where it has none
 
@@ -120,12 +121,19 @@ def evaluate_generation(
     adapter = adapter_for(model)
     device = adapter.device
     mask_id = adapter.mask_id(mask_token_id, tokenizer)
-    report = progress or (lambda count: None)
     left = prompt_length // 2
     written: dict[str, list[Tensor]] = {"infilling": [], "continuation": []}
     if not adapter.looks_ahead:
         del written["infilling"]
-    for part in rows.to(device).split(batch):
+    parts = rows.to(device).split(batch)
+    shown = bar("generating", "forward", total=len(parts) * len(written) * steps)
+
+    def report(count: int) -> None:
+        shown.update(count)
+        if progress is not None:
+            progress(count)
+
+    for part in parts:
         if "infilling" in written:
             middle = slice(left, left + gen_length)
             written["infilling"].append(
@@ -142,6 +150,7 @@ def evaluate_generation(
             **options,
         )
         written["continuation"].append(final[:, prompt_length:].cpu())
+    shown.close()
     start = {"infilling": left, "continuation": prompt_length}
     texts, references, measures = {}, {}, {}
     for task, parts in written.items():

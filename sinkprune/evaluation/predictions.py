@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sinkprune.adapters import adapter_for
 from sinkprune.evaluation.intervals import Interval, bootstrap_difference
 from sinkprune.evidence.calibration import random_ranks, text_rows
+from sinkprune.progress import bar
 
 NOISE_LEVELS = (0.15, 0.5, 0.9)
 
@@ -133,7 +134,15 @@ def evaluate(
         row = int((~maskable.any(1)).nonzero()[0])
         raise ValueError(f"every text needs a token that may be masked; number {row} has none")
     generator = torch.Generator().manual_seed(seed)
-    measure = Measurement(model, mask_id, batch, progress or (lambda count: None))
+    forwards = -(-draws * len(rows) // batch) + len(levels) * -(-len(rows) // batch)
+    shown = bar("evaluating", "forward", total=forwards)
+
+    def report(count: int) -> None:
+        shown.update(count)
+        if progress is not None:
+            progress(count)
+
+    measure = Measurement(model, mask_id, batch, report)
 
     masked = bound_masks(maskable, draws, generator, highest_noise)
     repeated = None if valid is None else valid.repeat(draws, 1)
@@ -146,6 +155,7 @@ def evaluate(
         counts = (maskable.sum(1) * level).round().clamp(min=1)
         loss, right = measure(rows, ranks < counts[:, None], valid)
         per_window_at_level[level], per_window_accuracy[level] = loss.tolist(), right.tolist()
+    shown.close()
     mean, error = _mean_and_error(per_window.tolist())
     return Quality(
         nll=mean,

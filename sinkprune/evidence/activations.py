@@ -19,6 +19,7 @@ from sinkprune.evidence.sinks import SinkGate
 from sinkprune.evidence.tracking import masked_column_mass
 from sinkprune.models.modules import AttentionCall
 from sinkprune.plans import Geometry
+from sinkprune.progress import bar
 
 
 @dataclass
@@ -89,7 +90,7 @@ def gather(adapter: Adapter, calibration: Calibration, *, batch: int = 16) -> li
             layer.listen(hooks)
         adapter.observe(own_thread(lambda layer, call: layers[layer].attention(call)))
         with torch.no_grad():
-            for part in calibration.batches(batch):
+            for part in bar("watching", "batch", list(calibration.batches(batch))):
                 valid = None if part.valid is None else part.valid.to(device)
                 for layer in layers:
                     layer.valid = valid

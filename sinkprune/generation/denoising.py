@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.generation.batches import batches_of, part_of
@@ -17,6 +16,7 @@ from sinkprune.generation.samplers import Sampler, make_sampler
 from sinkprune.generation.samplers import transfer_counts as transfer_counts
 from sinkprune.generation.windows import Block, Reader, blocks_of, cache_for
 from sinkprune.models.caches import Cache
+from sinkprune.progress import bar as progress_bar
 
 REMASKING = ("low_confidence", "random")
 
@@ -238,10 +238,10 @@ def generate(
     device = adapter.device
     ids, attention_mask = encode_prompts(tokenizer, prompts)
     options["mask_token_id"] = adapter.mask_id(options.get("mask_token_id"), tokenizer)
-    with tqdm(total=gen_length * len(ids), desc="generating", unit="token", disable=not progress) as bar:
+    with progress_bar("generating", "token", total=gen_length * len(ids), asked=progress) as bar:
 
         def report(step: Step) -> None:
-            if progress:
+            if not bar.disable:
                 bar.update(int(step.new.sum()))
             if callback is not None:
                 callback(step)

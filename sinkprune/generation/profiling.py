@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sinkprune.adapters import adapter_for
 from sinkprune.evidence.profiles import SinkProfile
@@ -14,6 +13,7 @@ from sinkprune.evidence.sinks import SinkGate, SinkStatistics
 from sinkprune.evidence.tracking import track
 from sinkprune.generation.batches import batches_of, part_of
 from sinkprune.generation.denoising import denoise, encode_prompts, usual_steps
+from sinkprune.progress import bar as progress_bar
 
 
 def profile(
@@ -66,7 +66,7 @@ def profile(
     batches = batches_of(valid, batch, adapter.block_size)
     parts: list[SinkStatistics] = []
     padding: list[Tensor] = []  # on the left of each sample, so that positions count from its first token
-    with tqdm(total=steps * len(batches), desc="profiling", unit="step", disable=not progress) as bar:
+    with progress_bar("profiling", "step", total=steps * len(batches), asked=progress) as bar:
         for samples in batches:
             rows, mask = (part.to(device) for part in part_of(ids, valid, samples))
             room = steps + gen_length  # a threshold, or a prompt within a block, takes other than `steps`

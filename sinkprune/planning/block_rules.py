@@ -13,6 +13,7 @@ from torch import Tensor
 from sinkprune.adapters import Adapter
 from sinkprune.evidence.calibration import BlockStream, Calibration, linear
 from sinkprune.evidence.evidence import Evidence
+from sinkprune.progress import bar
 
 # What a target takes of a block: its attention, its MLP.
 BLOCK_TARGETS = {"blocks": (True, True), "attention": (True, False), "mlp_blocks": (False, True)}
@@ -53,7 +54,7 @@ def ablation(adapter: Adapter, evidence: Evidence, target: str, most: int) -> Or
     assert evidence.calibration is not None
     left, order = list(range(adapter.geometry().num_layers)), []
     try:
-        for _ in range(most):
+        for _ in bar("planning", "block", range(most)):
             losses = {}
             for layer in left:
                 with without(adapter, layer, target):
@@ -134,7 +135,7 @@ def _steps(adapter: Adapter, evidence: Evidence, target: str) -> Iterator[Step]:
     ``[rows, L, hidden]`` of each batch."""
     assert evidence.calibration is not None
     stream = BlockStream(adapter, evidence.calibration)
-    for layer in range(adapter.geometry().num_layers):
+    for layer in bar("planning", "layer", range(adapter.geometry().num_layers)):
         with without(adapter, layer, target):
             changed = stream.outputs(layer)
         yield layer, stream, stream.valid, stream.outputs(layer), changed

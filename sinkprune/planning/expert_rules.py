@@ -15,6 +15,7 @@ from sinkprune.evidence.evidence import Evidence
 from sinkprune.models.common import GatedMLP
 from sinkprune.models.experts import ExpertMLP
 from sinkprune.planning.criteria.ablation import Ablation
+from sinkprune.progress import bar
 
 RIDGE = 1e-2  # of the mean square of the inputs, as in repair
 DEFAULT_EXPERT_RULE = "reap"
@@ -153,7 +154,7 @@ def expert_inputs(adapter: Adapter, evidence: Evidence) -> Iterator[tuple[int, E
     assert evidence.calibration is not None
     with torch.no_grad():
         stream = BlockStream(adapter, evidence.calibration)
-        for layer in range(adapter.geometry().num_layers):
+        for layer in bar("planning", "layer", range(adapter.geometry().num_layers)):
             mlp = adapter.expert_mlp(layer)
             if mlp is not None:
                 yield layer, mlp, stream.tokens(layer, mlp)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sinkprune.adapters import Adapter
 from sinkprune.evidence.calibration import BlockStream, Calibration, linear
 from sinkprune.plans import Geometry, LayerPlan
+from sinkprune.progress import bar
 from sinkprune.pruning.expert_repair import refit_experts
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def repaired(
     try:
         dense, pruned = (BlockStream(adapter, calibration, batch) for _ in range(2))
         wanted = _Targets(adapter, plan, dense, fold=method == "least_squares")
-        for layer in tqdm(layers, desc="repairing", unit="layer", disable=not progress):
+        for layer in bar("repairing", "layer", layers, asked=progress):
             if layer < first - wanted.ahead(first):
                 dense.advance(layer)
                 pruned.advance(layer)

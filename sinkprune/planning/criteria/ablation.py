@@ -13,6 +13,7 @@ from sinkprune.adapters import Adapter
 from sinkprune.evidence.calibration import Calibration
 from sinkprune.evidence.evidence import Evidence
 from sinkprune.planning.criteria.base import HeadCriterion, head_scores, register_criterion
+from sinkprune.progress import bar
 
 MEASURES = ("divergence", "loss")
 
@@ -40,7 +41,7 @@ class Ablation(HeadCriterion):
         dense = self.predictions(adapter, calibration)
         device = dense[0].device
         scores = []
-        for layer, heads in enumerate(geometry.heads):
+        for layer, heads in enumerate(bar("planning", "layer", geometry.heads)):
             costs = torch.zeros(heads)
             for head in range(heads):
                 others = torch.tensor([h for h in range(heads) if h != head], device=device, dtype=torch.long)

@@ -14,6 +14,7 @@ from sinkprune.adapters import Adapter
 from sinkprune.evidence.evidence import Evidence
 from sinkprune.evidence.own_thread import own_thread
 from sinkprune.planning.criteria.base import HeadCriterion, head_scores, register_criterion
+from sinkprune.progress import bar
 
 
 @register_criterion
@@ -44,7 +45,7 @@ class Taylor(HeadCriterion):
         ]
         try:
             with torch.enable_grad():
-                for part in calibration.batches(self.batch):
+                for part in bar("planning", "batch", list(calibration.batches(self.batch))):
                     valid = None if part.valid is None else part.valid.to(device)
                     logits = adapter.predict(part.ids.to(device), valid).float()
                     loss = _loss(logits, part.targets.to(device), part.masked.to(device))

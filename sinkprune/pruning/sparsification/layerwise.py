@@ -12,6 +12,7 @@ from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.evidence.calibration import BlockStream, Calibration, linear
 from sinkprune.evidence.sink_mask import SinkMask, sink_masks
 from sinkprune.models.marks import mark_sparsity, noted_sparsity
+from sinkprune.progress import bar
 from sinkprune.pruning.sparsification.methods import (
     DAMPING,
     Target,
@@ -94,7 +95,7 @@ def sparsify(
             rule = (sink_mask or SinkMask()) if method.startswith("sink_") else None
             weights = _position_weights(adapter, calibration, rule, batch)
             stream = BlockStream(adapter, calibration, batch)
-            for layer, modules in enumerate(linears):
+            for layer, modules in enumerate(bar("pruning weights", "layer", linears)):
                 solves |= _prune_layer(adapter, stream, layer, modules, method, target, weights)
                 stream.advance(layer)
                 report(f"layer {layer + 1} of {len(linears)}")
