@@ -21,6 +21,7 @@ from sinkprune.models.caches import Cache
 from sinkprune.models.experts import ExpertMLP, Router
 from sinkprune.models.marks import form_of, plan_of
 from sinkprune.models.modules import AttentionCall
+from sinkprune.models.streamed import stream_of
 from sinkprune.plans import Geometry, LayerPlan, PrunePlan
 
 
@@ -245,10 +246,13 @@ class Adapter(ABC):
         if mode == "compact":
             self.require_plain(kept_channels)
         owners: dict[Any, int] = {}
+        streamed = stream_of(self.model) is not None  # what came and went may lie in the same place
         for layer in range(self.geometry().num_layers):
             if kept_channels[layer] is not None:
                 self.mlp_weights(layer)  # a family without prunable channels says so here
             weight = self.attention_weights(layer).q
+            if streamed:
+                continue
             first = owners.setdefault(_storage(weight), layer)
             if first != layer:
                 raise ValueError(
@@ -365,8 +369,11 @@ class Adapter(ABC):
         """
         self.require_loaded()
         digest = hashlib.sha256()
+        stream = stream_of(self.model)
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            if stream is not None:
+                tensor = stream.read([name])[name]
             if tensor.numel():
                 flat = tensor.detach().reshape(-1)
                 sample = flat[:: max(1, flat.numel() // 256)].to(torch.bfloat16).view(torch.int16)
@@ -387,7 +394,7 @@ def check_ready(model: nn.Module) -> None:
 def require_loaded(model: nn.Module) -> None:
     """Raise ``ValueError`` where a parameter is on ``meta``: not loaded, or offloaded by accelerate."""
     away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if away is None:
+    if away is None or stream_of(model) is not None:
         return
     if is_hooked(model):
         raise ValueError(

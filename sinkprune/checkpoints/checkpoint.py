@@ -82,7 +82,7 @@ def load(
             raise FileNotFoundError(f"{source} is missing")
         return read_gguf(Path(source), device=device, dtype=dtype)
     folder = folder_of(source, revision)
-    model, tokenizer = read_whole(folder, lambda: (_load(folder, device, dtype), _load_tokenizer(folder)))
+    model, tokenizer = read_whole(folder, lambda: (_load(folder, device, dtype), load_tokenizer(folder)))
     mark_source(model, folder)
     return model, tokenizer
 
@@ -95,7 +95,7 @@ def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -
 
         return read_trimmed(folder, config, device=device, dtype=dtype)
     require_as_many(folder, config)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if native_kind(config) is None and manifest is None:
         check_known(folder, config)
         _require_floats(stored_tensors(weight_files(folder)))
@@ -161,28 +161,42 @@ def save(
     config = describe_model(model)
     require_place(folder, overwrite)
     tied = _require_readable(model, config)
-    with whole_folder(folder, _require_ours if overwrite else None) as part:
+    with whole_folder(folder, require_ours if overwrite else None) as part:
         write_shards(model, part, shard_bytes, tied)
-        (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        side_files.copy(model, part, config, tokenizer=tokenizer is None, missing_ok=True)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(part))
-        adapter = adapter_for(model)
-        plan = plan_of(model)
-        manifest = {
-            "schema": MANIFEST_SCHEMA,
-            "form": adapter.form,
-            "plan": None if plan is None else plan.to_dict(),
-            "sparsity": None if sparsity is None else sparsity.to_dict(),
-            "provenance": {"sinkprune": __version__, "torch": torch.__version__},
-            "complete": True,
-            "sha256": hashes_of(part),
-        }
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        source = side_files.name_of(model)  # the card is for people to edit: not in the manifest
-        card = model_card(folder.name, source, adapter.family, adapter.form, plan)
-        (part / CARD).write_text(card, "utf-8")
+        write_beside(model, part, folder.name, tokenizer, sparsity)
     return folder
+
+
+def write_beside(
+    model: nn.Module, part: Path, name: str, tokenizer: Any = None, sparsity: Sparsity | None = None
+) -> None:
+    """Write what goes with the weights that lie in ``part``: config, tokenizer, card and, last, the manifest.
+
+    Args:
+        model: native, its weights here or on ``meta``.
+        name: of the checkpoint.
+        tokenizer, sparsity: as ``save`` knows them.
+    """
+    config = describe_model(model)
+    (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    side_files.copy(model, part, config, tokenizer=tokenizer is None, missing_ok=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(part))
+    adapter = adapter_for(model)
+    plan = plan_of(model)
+    manifest = {
+        "schema": MANIFEST_SCHEMA,
+        "form": adapter.form,
+        "plan": None if plan is None else plan.to_dict(),
+        "sparsity": None if sparsity is None else sparsity.to_dict(),
+        "provenance": {"sinkprune": __version__, "torch": torch.__version__},
+        "complete": True,
+        "sha256": hashes_of(part),
+    }
+    (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    source = side_files.name_of(model)  # the card is for people to edit: not in the manifest
+    card = model_card(name, source, adapter.family, adapter.form, plan)
+    (part / CARD).write_text(card, "utf-8")
 
 
 def _require_readable(model: nn.Module, config: dict[str, Any]) -> list[list[str]]:
@@ -198,7 +212,7 @@ def _require_readable(model: nn.Module, config: dict[str, Any]) -> list[list[str
                 f"load could not read this model back: {name} has shape {here.get(name)}, "
                 f"and {there.get(name)} by its config and plan"
             )
-    return _tied(again)
+    return tied_names(again)
 
 
 def require_place(folder: Path, overwrite: bool) -> None:
@@ -207,10 +221,10 @@ def require_place(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{folder} exists; choose another path (overwrite=True replaces what save wrote)"
         )
-    check_folder(folder, _require_ours)
+    check_folder(folder, require_ours)
 
 
-def _require_ours(folder: Path) -> None:
+def require_ours(folder: Path) -> None:
     """Raise ``FileExistsError`` unless ``save`` wrote every file of ``folder``."""
     try:
         hashes = read_json(folder / MANIFEST)["sha256"]
@@ -263,7 +277,7 @@ def folder_of(source: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Our manifest, checked: schema, and the hash of every file it names."""
     path = folder / MANIFEST
     if not path.exists():
@@ -364,7 +378,7 @@ def _fill(
                     found[name] = tensor.to(dtype) if convert else tensor
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-    for names in _tied(model):  # a tensor that several names share is stored once
+    for names in tied_names(model):  # a tensor that several names share is stored once
         stored = [found[name] for name in names if name in found]
         found |= {name: stored[0] for name in names if stored}
     missing = sorted(set(wanted) - set(found))
@@ -373,7 +387,7 @@ def _fill(
     install_tensors(model, found, device)
 
 
-def _tied(model: nn.Module) -> list[list[str]]:
+def tied_names(model: nn.Module) -> list[list[str]]:
     """Names of each parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -390,7 +404,7 @@ def _require_tied(model: nn.Module) -> None:
         here, there = tensors.get(name), tensors.get(source)
         if here is not None and there is not None and here is not there and not torch.equal(here, there):
             apart[name] = source
-    for names in _tied(lay_out_folder(Path(), describe_model(model))) if apart else ():
+    for names in tied_names(lay_out_folder(Path(), describe_model(model))) if apart else ():
         for name in {*names} & {*apart}:
             raise ValueError(
                 f"{name} is not {apart[name]}, and the model's config ties them, so that it would be lost: "
@@ -408,7 +422,7 @@ def write_shards(
 
     ``tied``: names of one tensor, which is written once; None = as the model has it.
     """
-    again = {name for names in (_tied(model) if tied is None else tied) for name in names[1:]}
+    again = {name for names in (tied_names(model) if tied is None else tied) for name in names[1:]}
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -442,7 +456,7 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: int = S
     return [*names, INDEX]
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer through transformers, or None where there is none."""
     if (folder / "tokenizer.json").exists():
         from transformers import PreTrainedTokenizerFast

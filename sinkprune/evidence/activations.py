@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sinkprune import ops
 from sinkprune.adapters import Adapter
-from sinkprune.evidence.calibration import Calibration
+from sinkprune.evidence.calibration import BlockStream, Calibration
 from sinkprune.evidence.own_thread import own_thread
 from sinkprune.evidence.sink_mask import SinkMask
 from sinkprune.evidence.sinks import SinkGate
 from sinkprune.evidence.tracking import masked_column_mass
+from sinkprune.files import whole_file
 from sinkprune.models.modules import AttentionCall
+from sinkprune.models.streamed import Stream, stream_of
 from sinkprune.plans import Geometry
 from sinkprune.progress import bar
 
@@ -71,16 +76,20 @@ class LayerActivations:
         return moments - mean[:, :, None] * mean[:, None, :]
 
 
-def gather(adapter: Adapter, calibration: Calibration, *, batch: int = 16) -> list[LayerActivations]:
+def gather(adapter: Adapter, calibration: Calibration, *, batch: int = 16) -> Sequence[LayerActivations]:
     """The activations of every layer of a dense model, from one forward of each row.
 
-    Memory: per layer one ``[H D, H D]`` matrix in float32 while gathering.
+    Memory: per layer one ``[H D, H D]`` matrix in float32 while gathering. Of a model whose blocks are read
+    one at a time: those of one layer and the hidden states of all rows; the rest lies in the stream's folder.
 
     Raises:
         ValueError: a model that is pruned or observed already, or activations that are not finite.
     """
     if adapter.form != "dense" or adapter.observed():
         raise ValueError("activations are gathered on a dense model that nobody tracks")
+    stream = stream_of(adapter.model)
+    if stream is not None:
+        return _gather_by_layer(adapter, calibration, batch, stream)
     device = adapter.device
     geometry = adapter.geometry()
     layers = [_Layer(adapter, geometry, layer) for layer in range(geometry.num_layers)]
@@ -100,6 +109,63 @@ def gather(adapter: Adapter, calibration: Calibration, *, batch: int = 16) -> li
         for hook in hooks:
             hook.remove()
     return [layer.result() for layer in layers]
+
+
+def _gather_by_layer(
+    adapter: Adapter, calibration: Calibration, batch: int, stream: Stream
+) -> Sequence[LayerActivations]:
+    """``gather``, a block at a time, in the same order of sums; layers that lie in the stream's folder are
+    not gathered again."""
+    folder = stream.folder
+    spilled, geometry = SpilledActivations(folder, adapter.geometry().num_layers), adapter.geometry()
+    blocks = BlockStream(adapter, calibration, batch)
+    for layer in range(blocks.resume(folder / "gathering.safetensors"), geometry.num_layers):
+        sums, hooks = _Layer(adapter, geometry, layer), list[Any]()
+        try:
+            sums.listen(hooks)
+            adapter.observe(own_thread(sums.observe))
+            blocks.advance(layer, before=sums.begin)
+        finally:
+            adapter.observe(None)
+            for hook in hooks:
+                hook.remove()
+        spilled.write(layer, sums.result())
+        blocks.checkpoint(folder / "gathering.safetensors", layer + 1)
+        stream.progress("scored", layer)
+    return spilled
+
+
+class SpilledActivations(Sequence[LayerActivations]):
+    """Activations that lie in a folder, a file for each layer, and are read when they are asked for."""
+
+    def __init__(self, folder: Path, layers: int) -> None:
+        self._folder, self._layers = folder, layers
+
+    def __len__(self) -> int:
+        return self._layers
+
+    @overload
+    def __getitem__(self, layer: int) -> LayerActivations: ...
+    @overload
+    def __getitem__(self, layer: slice) -> list[LayerActivations]: ...
+    def __getitem__(self, layer: int | slice) -> LayerActivations | list[LayerActivations]:
+        if isinstance(layer, slice):
+            return [self[i] for i in range(*layer.indices(self._layers))]
+        if not 0 <= layer < self._layers:
+            raise IndexError(layer)
+        found: dict[str, Any] = load_file(self._path(layer))
+        tokens, stream = int(found.pop("tokens")), float(found.pop("stream_moment"))
+        return LayerActivations(tokens=tokens, stream_moment=stream, **found)
+
+    def write(self, layer: int, seen: LayerActivations) -> None:
+        numbers = {"tokens": seen.tokens, "stream_moment": seen.stream_moment}
+        tensors = {k: v.contiguous() for k, v in vars(seen).items() if isinstance(v, Tensor)}
+        tensors |= {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
+        with whole_file(self._path(layer)) as part:
+            save_file(tensors, part)
+
+    def _path(self, layer: int) -> Path:
+        return self._folder / f"activations-{layer:05d}.safetensors"
 
 
 @dataclass
@@ -134,6 +200,14 @@ class _Layer:
                 entry.register_forward_pre_hook(own_thread(partial(self._input, "mlp"))),
                 linears["down"].register_forward_pre_hook(own_thread(self._channels)),
             ]
+
+    def begin(self, valid: Tensor | None) -> None:
+        """A batch of these valid tokens comes."""
+        self.valid = valid
+
+    def observe(self, layer: int, call: AttentionCall) -> None:
+        """``attention``, as observers are called."""
+        self.attention(call)
 
     def attention(self, call: AttentionCall) -> None:
         """The attention's column mass ``[B, H, L]`` and log-sum-exp, whatever its mask."""

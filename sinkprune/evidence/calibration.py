@@ -6,13 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.evidence.own_thread import own_thread
+from sinkprune.files import whole_file
+from sinkprune.models.streamed import stream_of
 
 LEVELS = (0.15, 0.5, 0.85)
 
@@ -157,10 +161,28 @@ class BlockStream:
             self._batches.append(self._record(part))
 
     @torch.no_grad()
-    def advance(self, layer: int) -> None:
-        """Run block ``layer``: its outputs are the hidden states from now on."""
+    def advance(self, layer: int, before: Callable[[Tensor | None], object] | None = None) -> None:
+        """Run block ``layer``: its outputs are the hidden states from now on. ``before`` is shown the valid
+        tokens of each batch first."""
         for batch in self._batches:
+            if before is not None:
+                before(batch.valid)
             batch.hidden = _hidden_of(self._run(layer, batch))
+
+    def checkpoint(self, path: Path, layer: int) -> None:
+        """Write the hidden states before block ``layer``, whole or not at all."""
+        tensors = {f"{i:05d}": batch.hidden.contiguous() for i, batch in enumerate(self._batches)}
+        with whole_file(path) as part:
+            save_file(tensors | {"layer": torch.tensor(layer)}, part)
+
+    def resume(self, path: Path) -> int:
+        """Take the hidden states that ``checkpoint`` wrote; before which block they are, 0 without a file."""
+        if not path.exists():
+            return 0
+        found = load_file(path)
+        for i, batch in enumerate(self._batches):
+            batch.hidden = found[f"{i:05d}"].to(batch.hidden)
+        return int(found["layer"])
 
     @torch.no_grad()
     def outputs(self, layer: int) -> list[Tensor]:
@@ -218,24 +240,28 @@ class BlockStream:
         first: list[Tensor] = []
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
+        streamed = stream_of(self._adapter.model) is not None
+
         def look(block: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             keywords = dict(keywords)
             hidden = args[0] if args else keywords.pop("hidden_states")
             if not first:
                 first.append(hidden)
             arguments.append((args[1:], keywords))
+            if streamed:  # every block of a native model is called alike
+                raise _Reached
 
         hooks = [
             block.register_forward_pre_hook(own_thread(look), with_kwargs=True) for block in self._blocks
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), suppress(_Reached):
                 valid = None if part.valid is None else part.valid.to(device)
                 self._adapter.predict(part.ids.to(device), valid, slice(0, 1))
         finally:
             for hook in hooks:
                 hook.remove()
-        return _Batch(first[0], valid, arguments)
+        return _Batch(first[0], valid, arguments * len(self._blocks) if streamed else arguments)
 
 
 def _hidden_of(out: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,9 @@ class Evidence:
     profile: SinkProfile | None = None
     calibration: Calibration | None = None
     seed: int = 0
-    _activations: list[LayerActivations] | None = field(default=None, repr=False)
+    _activations: Sequence[LayerActivations] | None = field(default=None, repr=False)
 
-    def activations(self, adapter: Adapter) -> list[LayerActivations]:
+    def activations(self, adapter: Adapter) -> Sequence[LayerActivations]:
         """What flows through the model on the calibration rows: one forward of each, however many ask."""
         from sinkprune.evidence.activations import gather
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sinkprune.adapters import Adapter, adapter_for
 from sinkprune.evidence.evidence import Evidence
+from sinkprune.models.streamed import stream_of
 from sinkprune.planning.allocation import Choice, Rules, best_channels, by_share, head_units
 from sinkprune.planning.block_rules import BLOCK_TARGETS, DEFAULT_BLOCK_RULE, block_order, check_block_rule
 from sinkprune.planning.blocks import Budget, block_channels, block_target, by_blocks
@@ -136,11 +137,11 @@ def plan(
     check_expert_rule(experts_by, evidence if "experts" in targets else None)
     check_block_rule(blocks_by, evidence if blocks else None)
     heads_too = "heads" in targets or not set(targets) & {*EXPERT_TARGETS, *BLOCK_TARGETS}
-    _check_evidence(adapter, rule if heads_too else None, evidence, targets, channels_by)
-    _check_weights(adapter, targets)
-
+    ranked = rule if heads_too else None
+    _check_evidence(adapter, ranked, evidence, targets, channels_by)
+    _check_weights(adapter, targets, ranked, experts_by, blocks_by)
     worth = partial(_channel_worth, channels_by, adapter, evidence)
-    scores = scores_of(rule if heads_too else None, adapter, evidence)
+    scores = scores_of(ranked, adapter, evidence)
     units = head_units(geometry, scores, rules)
     if blocks is not None:
         budget = Budget(ratio, unit, tokens)
@@ -289,9 +290,23 @@ def _check_evidence(
         evidence.profile.check_model(adapter)
 
 
-def _check_weights(adapter: Adapter, targets: tuple[str, ...]) -> None:
+def _check_streams(adapter: Adapter, rule: HeadCriterion | None, *others: str) -> None:
+    """Raise ``ValueError`` naming a rule that needs all blocks at once, where they are read one at a time."""
+    if stream_of(adapter.model) is None:
+        return
+    names = [name for name in others if name == "ablation"]
+    names += [] if rule is None or rule.streams else [rule.name]
+    if names:
+        raise ValueError(f"{names[0]} runs whole models, and this one's blocks are read one at a time")
+
+
+def _check_weights(
+    adapter: Adapter, targets: tuple[str, ...], rule: HeadCriterion | None, *others: str
+) -> None:
     """Raise ``ValueError`` naming the first projection, of those that ``targets`` chooses among, that holds a
-    NaN or an infinity: a rule that does not read it would rank and keep it."""
+    NaN or an infinity: a rule that does not read it would rank and keep it; or a rule that can't have all the
+    weights that it asks for."""
+    _check_streams(adapter, rule, *others)
     geometry = adapter.geometry()
     for layer in range(geometry.num_layers):
         chosen = vars(adapter.attention_weights(layer)) if "heads" in targets else {}

@@ -12,6 +12,7 @@ from sinkprune.adapters.base import is_hooked
 from sinkprune.evidence.calibration import Calibration
 from sinkprune.models.marks import mark
 from sinkprune.models.modules import CompactMLP, SinkPrunedAttention, trains_as
+from sinkprune.models.streamed import stream_of
 from sinkprune.ops import native
 from sinkprune.plans import Geometry, LayerPlan, PrunePlan
 from sinkprune.pruning.repair import UNBIASED, add_biases, repaired
@@ -50,6 +51,25 @@ def apply(
             with layers that share weights; a plan for another model; a layer that can't be compacted.
     """
     adapter = adapter_for(model)
+    if stream_of(model) is not None:
+        raise ValueError("this model's blocks are read one at a time: prune it by prune_streamed")
+    plan = checked(adapter, plan, mode)
+    if mode == "mask":
+        if calibration is not None and repair is not None:
+            raise ValueError("repair changes weights, which the mask form leaves as they are: repair=None")
+        _mask(adapter, plan)
+    elif calibration is None or repair is None:
+        install_compact(model, plan, low_memory=low_memory)
+    else:
+        with repaired(adapter, plan, calibration, repair, keep_originals=not low_memory):
+            install_compact(model, plan, low_memory=low_memory)
+        plan = repaired_by(plan, repair, calibration)
+    mark(model, plan, mode)
+    return model
+
+
+def checked(adapter: Adapter, plan: PrunePlan, mode: str) -> PrunePlan:
+    """The plan to apply to a dense model, without what it says of another's repair. Raises as ``apply``."""
     if not isinstance(plan, PrunePlan):
         raise TypeError(f"plan must be a PrunePlan (see PrunePlan.load), got {type(plan).__name__}")
     if mode not in ("compact", "mask"):
@@ -60,26 +80,16 @@ def apply(
         raise ValueError(
             "the plan was made for other weights (float16 copies count as such): its fingerprint differs"
         )
-    if "repair" in plan.details:  # of the model that the plan was taken from
-        plan = replace(plan, details={k: v for k, v in plan.details.items() if k != "repair"})
     adapter.check(*_kept(plan), mode)
     adapter.check_experts(plan.layers)
-    if mode == "mask":
-        if calibration is not None and repair is not None:
-            raise ValueError("repair changes weights, which the mask form leaves as they are: repair=None")
-        _mask(adapter, plan)
-    elif calibration is None or repair is None:
-        install_compact(model, plan, low_memory=low_memory)
-    else:
-        with repaired(adapter, plan, calibration, repair, keep_originals=not low_memory):
-            install_compact(model, plan, low_memory=low_memory)
-        rows, length = calibration.ids.shape
-        noted = {
-            "repair": {"method": repair, "rows": rows, "length": length, "biases": repair not in UNBIASED}
-        }
-        plan = replace(plan, details=plan.details | noted)
-    mark(model, plan, mode)
-    return model
+    return replace(plan, details={k: v for k, v in plan.details.items() if k != "repair"})
+
+
+def repaired_by(plan: PrunePlan, repair: str, calibration: Calibration) -> PrunePlan:
+    """The plan, which says how it was repaired."""
+    rows, length = calibration.ids.shape
+    noted = {"method": repair, "rows": rows, "length": length, "biases": repair not in UNBIASED}
+    return replace(plan, details=plan.details | {"repair": noted})
 
 
 def lay_out(model: nn.Module, plan: PrunePlan) -> nn.Module:

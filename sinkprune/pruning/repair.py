@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ def repaired(
     batch: int = 16,
     keep_originals: bool = True,
     progress: bool = False,
+    walk: Walk | None = None,
 ) -> Iterator[None]:
     """Refit the projections of a dense model for ``plan``; if what follows fails, put the old ones back.
 
@@ -64,6 +65,8 @@ def repaired(
             projection a bias; or ``"bias"``, which only gives back the means of what was removed (FLAP,
             arXiv 2312.11983).
         ridge: strength, relative to the inputs' mean square.
+        walk: of a model whose blocks come and go: is told of every layer that is done, and knows which were
+            done before.
 
     Raises:
         ValueError: an unknown method, a projection that is not an ordinary linear layer, or activations that
@@ -78,11 +81,16 @@ def repaired(
     try:
         dense, pruned = (BlockStream(adapter, calibration, batch) for _ in range(2))
         wanted = _Targets(adapter, plan, dense, fold=method == "least_squares")
-        for layer in bar("repairing", "layer", layers, asked=progress):
+        start = 0 if walk is None else walk.begin(dense, pruned)
+        for layer in bar("repairing", "layer", layers[start:], asked=progress):
             if layer < first - wanted.ahead(first):
                 dense.advance(layer)
                 pruned.advance(layer)
+                if walk is not None:
+                    walk.done(layer, dense, pruned, wanted.is_level)
                 continue
+            if walk is not None:
+                walk.hold(layer)
             experts = adapter.expert_mlp(layer) if method != "bias" else None
             fits, targets = _fits(adapter, plan, layer), wanted.of(layer, experts)
             _skip(adapter, layer, plan.layers[layer])
@@ -122,6 +130,8 @@ def repaired(
                 pruned.advance(layer)
             finally:
                 _skip(adapter, layer, None)
+            if walk is not None:
+                walk.done(layer, dense, pruned, wanted.is_level)
         yield
     except BaseException:
         with torch.no_grad():
@@ -131,20 +141,36 @@ def repaired(
         raise
 
 
+class Walk(Protocol):
+    """Who goes through a model's layers with its repair, where they are not all there at once."""
+
+    def begin(self, dense: BlockStream, pruned: BlockStream) -> int:
+        """The layer to begin at, with the hidden states before it in both streams."""
+
+    def hold(self, layer: int) -> None:
+        """The layer is about to be changed: it stays as it is made until it is done."""
+
+    def done(self, layer: int, dense: BlockStream, pruned: BlockStream, level: bool) -> None:
+        """Nothing changes in the layer any more; ``level``: the dense stream is not ahead of the other."""
+
+
 def add_biases(adapter: Adapter, plan: PrunePlan) -> list[nn.Linear]:
     """Give a dense model the biases that repairing it for ``plan`` added, of zeros; the modules that got one.
 
     Plans from before repairs without biases do not say whether theirs added some: it did.
     """
-    if not plan.details.get("repair", {"biases": False}).get("biases", True):
+    return [m for layer in range(adapter.geometry().num_layers) for m in add_bias(adapter, plan, layer)]
+
+
+def add_bias(adapter: Adapter, plan: PrunePlan, layer: int) -> list[nn.Linear]:
+    """``add_biases`` of one layer."""
+    biased = plan.details.get("repair", {"biases": False}).get("biases", True)
+    if not biased or layer < _first_loss(adapter.geometry(), plan):
         return []
-    added: list[nn.Linear] = []
-    for layer in range(_first_loss(adapter.geometry(), plan), adapter.geometry().num_layers):
-        for module, _ in _fits(adapter, plan, layer):
-            if module.bias is None:
-                zeros = module.weight.new_zeros(module.out_features)
-                module.bias = nn.Parameter(zeros, module.weight.requires_grad)
-                added.append(module)
+    added = [module for module, _ in _fits(adapter, plan, layer) if module.bias is None]
+    for module in added:
+        zeros = module.weight.new_zeros(module.out_features)
+        module.bias = nn.Parameter(zeros, module.weight.requires_grad)
     return added
 
 
@@ -202,8 +228,11 @@ class _Sums:
         x = x[rows].reshape(-1, x.shape[-1]).index_select(1, self.columns).float()
         y = y[rows].reshape(-1, y.shape[-1]).float()
         self.count += len(x)
-        self.gram = self.gram + (x.T @ x).double()
-        self.cross = self.cross + (x.T @ y).double()
+        if self.count == len(x):
+            self.gram, self.cross = (x.T @ x).double(), (x.T @ y).double()
+        else:
+            self.gram += x.T @ x
+            self.cross += x.T @ y
         self.x_sum = self.x_sum + x.double().sum(0)
         self.y_sum = self.y_sum + y.double().sum(0)
 
@@ -234,15 +263,15 @@ class _Sums:
         weight = module.weight.detach()[:, self.columns].double()
         x_mean, y_mean = self.x_sum / n, self.y_sum / n
         if ridge is not None and len(self.columns):
-            square = self.gram / n
-            gram, cross = square.clone(), self.cross / n
+            gram, cross = self.gram / n, self.cross / n
+            mean_square = gram.diagonal().mean()
             if biased:
                 gram -= x_mean[:, None] * x_mean
                 cross = cross - x_mean[:, None] * y_mean
             # What the weights as they are leave over is fitted: the ridge pulls towards them, not to zero.
             # It is a share of the mean square, which rows that are all alike have and their spread has not.
             left = cross - gram @ weight.T
-            gram.diagonal().add_(ridge * square.diagonal().mean() + torch.finfo(torch.float32).tiny)
+            gram.diagonal().add_(ridge * mean_square + torch.finfo(torch.float32).tiny)
             weight = weight + torch.linalg.solve(gram, left, left=True).T
         return weight, y_mean - weight @ x_mean if biased else torch.zeros_like(y_mean)
 
@@ -255,6 +284,11 @@ class _Targets:
         self._adapter, self._plan, self._dense, self._fold = adapter, plan, dense, fold
         self._seen: dict[int, list[list[Tensor] | None]] = {}
         self._plain: dict[int, bool] = {}  # whether a layer only adds its projections' outputs
+
+    @property
+    def is_level(self) -> bool:
+        """Whether the dense stream stands where the pruned one does."""
+        return not self._seen
 
     def ahead(self, first: int) -> bool:
         """Whether the layer before ``first`` is refitted for what ``first`` lost."""

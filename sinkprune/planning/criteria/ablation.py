@@ -30,6 +30,7 @@ class Ablation(HeadCriterion):
 
     name: ClassVar[str] = "ablation"
     needs_calibration: ClassVar[bool] = True
+    streams: ClassVar[bool] = False
     measure: str = "divergence"
     batch: int = 32
 

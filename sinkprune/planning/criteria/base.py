@@ -22,6 +22,7 @@ class HeadCriterion(ABC):
     name: ClassVar[str]
     needs_profile: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    streams: ClassVar[bool] = True  # asks for no more than one block's weights at a time
 
     @abstractmethod
     def score(self, adapter: Adapter, evidence: Evidence) -> Tensor:

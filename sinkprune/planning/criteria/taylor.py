@@ -25,6 +25,7 @@ class Taylor(HeadCriterion):
 
     name: ClassVar[str] = "taylor"
     needs_calibration: ClassVar[bool] = True
+    streams: ClassVar[bool] = False
     batch: int = 8
 
     def score(self, adapter: Adapter, evidence: Evidence) -> Tensor:
