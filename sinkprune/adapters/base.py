@@ -160,6 +160,9 @@ class Adapter(ABC):
         """
         raise ValueError(f"the {self.family} adapter names no blocks to run one by one")
 
+    def reach(self, layer: int) -> None:  # noqa: B027
+        """Have a layer's weights, where blocks are read one at a time; ``linears`` gives modules without."""
+
     def linears(self, layer: int) -> dict[str, nn.Module]:
         """A dense layer's linear modules by role: ``q k v o`` or ``qkv o``; where channels can be pruned also
         ``gate up down``, ``gate_up down`` or ``up down``.

@@ -98,7 +98,7 @@ class NativeAdapter(Adapter):
         return block if block.mlp is None else block.mlp
 
     def expert_mlp(self, layer: int) -> ExpertMLP | None:
-        self._reach(layer)
+        self.reach(layer)
         mlp = self.block(layer).mlp
         return mlp if isinstance(mlp, ExpertMLP) else None
 
@@ -106,19 +106,17 @@ class NativeAdapter(Adapter):
         mlp = self.block(layer).mlp
         return mlp is None or isinstance(mlp, GatedMLP)
 
-    def _reach(self, layer: int) -> None:
-        """Have the layer's weights, where blocks are read one at a time."""
+    def reach(self, layer: int) -> None:
         stream = stream_of(self.model)
         if stream is not None:
             stream.reach(layer)
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
-        self._reach(layer)
         names = self.attention_names | (self.mlp_names if self._has_mlp(layer) else {})
         return modules_of(self.block(layer), names)
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        self._reach(layer)
+        self.reach(layer)
         found = tensors_of(modules_of(self.block(layer), self.attention_names), layer)
         if "qkv" in found:
             geometry = self.geometry()
@@ -129,7 +127,7 @@ class NativeAdapter(Adapter):
         return AttentionWeights(**found, q_norm=norms[0], k_norm=norms[1])
 
     def mlp_weights(self, layer: int) -> MLPWeights:
-        self._reach(layer)
+        self.reach(layer)
         self.mlp_of(layer)  # raises for a mixture of experts
         return MLPWeights(**tensors_of(modules_of(self.block(layer), self.mlp_names), layer))
 

@@ -40,7 +40,7 @@ from sinkprune.plans import PrunePlan
 from sinkprune.pruning.streaming import apply_streamed
 
 RUN, PLAN = "run.json", "plan.json"
-SCORING, SOLVING = 6, 3  # float64 matrices that are there at once
+SCORING, SOLVING = 6, 5  # float64 matrices that are there at once
 
 
 def opened(
@@ -172,13 +172,16 @@ def prune_streamed(
     return out
 
 
-def peak_bytes(model: nn.Module, calibration: Calibration | None, batch: int = 16) -> int:
+def peak_bytes(
+    model: nn.Module, calibration: Calibration | None, *, kept_channels: float = 1.0, batch: int = 16
+) -> int:
     """Bytes of memory that planning by the calibration rows, repairing and writing take at most, beside
     Python and its libraries: counted from shapes, before anything is read.
 
     The embedding; one block, dense and as small as it gets; the rows' hidden states in two streams and the
     outputs to fit; the larger of what the scores of a layer take (``[H D, H D]``) and of the normal equations
     of its widest projection (``[n, n]``, float64, with what solving them takes); one batch in flight.
+    ``kept_channels``: the share of MLP channels that stay.
     """
     adapter, geometry = adapter_for(model), adapter_for(model).geometry()
     first = next(model.parameters())
@@ -189,11 +192,11 @@ def peak_bytes(model: nn.Module, calibration: Calibration | None, batch: int = 1
     rows, length = calibration.ids.shape
     heads = max(geometry.heads) * geometry.head_dim
     channels = max((c for c in geometry.channels if c), default=0)
-    widest = max(heads, channels)
+    widest = max(heads, round(kept_channels * channels))
     hidden = rows * length * geometry.hidden * first.element_size()
     scoring = SCORING * 8 * heads**2
     solving = SOLVING * 8 * widest**2 + 3 * 8 * widest * geometry.hidden
-    in_flight = batch * length * (4 * heads + 3 * widest + 2 * geometry.hidden) * 4
+    in_flight = batch * length * (4 * heads + 3 * max(heads, channels) + 2 * geometry.hidden) * 4
     return needed + 4 * hidden + max(scoring, solving) + in_flight
 
 

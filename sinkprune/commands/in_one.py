@@ -78,7 +78,8 @@ def _prune(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     if options.stream:
         progress.blocks = adapter_for(model).geometry().num_layers
-        most = streaming.peak_bytes(model, rows)
+        narrower = options.ratio if "mlp" in options.targets else 0.0
+        most = streaming.peak_bytes(model, rows, kept_channels=1 - narrower)
         say(f"at most {most / 1e9:.2f} GB beside Python's own: {before:,} parameters are read block by block")
         if streaming.begin(out, _run_of(options, model, rows), overwrite=options.overwrite):
             say(f"going on with what {streaming.work_folder(out)} holds")

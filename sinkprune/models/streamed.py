@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Stream:
             return
         for other in self._present - self._held:
             self._let_go(other)
+        _trim()
         own = self._names[layer]
         tensors = self.read(list(own.values()))
         self.blocks[layer].load_state_dict(
@@ -81,6 +83,12 @@ class Stream:
                 setattr(module, name, away)
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty_like(buffer, device="meta"))
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can: it keeps blocks' worth of it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def stream_of(model: Any) -> Stream | None:

@@ -41,6 +41,7 @@ def reconstruction(adapter: Adapter, evidence: Evidence, target: str, most: int)
         leaving = torch.cat(_rows(whole, valid))
         change = leaving - torch.cat(_rows(changed, valid))
         scores.append(_left_over(inputs, change) / float(leaving.square().sum()))
+        adapter.reach(layer)
         down, seen = adapter.linears(layer).get("down"), list[Tensor]()
         if down is not None:
             stream.visit(layer, linear(down), seen.append)

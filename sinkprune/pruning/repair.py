@@ -127,6 +127,7 @@ def repaired(
                     save = _saver(originals) if keep_originals else None
                     given = cast(list[Tensor], targets[-1])
                     refit_experts(experts, pruned.tokens(layer, experts), pruned.flat(given), ridge, save)
+                del targets
                 pruned.advance(layer)
             finally:
                 _skip(adapter, layer, None)
@@ -188,6 +189,7 @@ def _loses(geometry: Geometry, plan: PrunePlan, layer: int) -> bool:
 
 def _fits(adapter: Adapter, plan: PrunePlan, layer: int) -> list[tuple[nn.Linear, Tensor]]:
     """The layer's projections to refit, in the order in which they run, and the columns that they keep."""
+    adapter.reach(layer)
     geometry, kept, linears = adapter.geometry(), plan.layers[layer], adapter.linears(layer)
     output = linear(linears["o"])
     width = output.in_features // geometry.heads[layer]
@@ -332,14 +334,14 @@ class _Targets:
 
     def _collect(self, layer: int, experts: nn.Module | None = None) -> list[list[Tensor] | None]:
         if layer not in self._seen:
-            before = self._dense.hidden
+            before = self._dense.hidden[0].float()
             watched: list[nn.Module] = [module for module, _ in _fits(self._adapter, self._plan, layer)]
             with _outputs([*watched, *([] if experts is None else [experts])]) as outputs:
                 self._dense.advance(layer)
             self._seen[layer] = list(outputs)
             self._plain[layer] = False
             if self._fold and self._adapter.expert_mlp(layer) is None:
-                change = self._dense.hidden[0].float() - before[0].float()
+                change = self._dense.hidden[0].float() - before
                 written = torch.stack([batches[0].float() for batches in outputs]).sum(0)
                 near = (change - written).norm() <= 0.02 * change.norm()  # to rounding in bfloat16
                 self._plain[layer] = bool(near)

@@ -1,4 +1,4 @@
-"""Folders pruned a block at a time: the same checkpoint as in memory, in less of it, and whatever kills it."""
+"""Folders pruned a block at a time: the checkpoint that memory gives, in less of it, killed or not."""
 
 import json
 import os
