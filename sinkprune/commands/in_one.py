@@ -130,6 +130,7 @@ def _run_of(options: argparse.Namespace, model: nn.Module, rows: Calibration | N
     from sinkprune.adapters import adapter_for
     from sinkprune.version import __version__
 
-    said = {k: v for k, v in vars(options).items() if k not in ("run", "json", "quiet", "overwrite", "out")}
+    told = "model criterion ratio unit targets channel_rule expert_rule block_rule fit seed repair device"
+    said = {name: getattr(options, name) for name in told.split()}
     ids = None if rows is None else [*rows.ids.shape, int(rows.ids.sum()), int(rows.targets.sum())]
     return said | {"version": __version__, "weights": adapter_for(model).fingerprint(), "rows": ids}
