@@ -25,6 +25,7 @@ _HOMES = {
     "calibrate": "evidence.calibration",
     "Calibration": "evidence.calibration",
     "ceiling": "planning.costs",
+    "chat": "generation.chatting",
     "CompactMLP": "models.modules",
     "computed_table": "planning.latency_table",
     "denoise": "generation.denoising",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from sinkprune.evidence.profiles import SinkProfile as SinkProfile
     from sinkprune.evidence.sinks import SinkTracker as SinkTracker
     from sinkprune.evidence.tracking import track as track
+    from sinkprune.generation.chatting import chat as chat
     from sinkprune.generation.denoising import denoise as denoise
     from sinkprune.generation.denoising import generate as generate
     from sinkprune.generation.graphs import StepGraph as StepGraph

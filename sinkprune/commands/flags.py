@@ -15,7 +15,6 @@ FILES = {  # flag's destination -> what its file is
     "text": "a UTF-8 text",
     "out_of_domain": "a UTF-8 text",
     "calibration": "a UTF-8 text of the model's kind",
-    "prompts_file": "a UTF-8 text, a prompt a line",
 }
 ROWS = ("calibration", "calibration_windows", "calibration_length", "mask_token_id")
 ALSO = {  # arguments of functions that a verb calls, where its flag has another name
@@ -93,6 +92,8 @@ def _ignored(options: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str
         yield ("scorer",), "it judges what is generated: add --generation"
     if verb == "generate" and options.threshold is not None:
         yield ("steps",), "with --threshold the text decides how many forwards it takes"
+    if verb == "generate" and not options.chat:
+        yield ("system",), "it goes before a user's message: add --chat"
     if verb == "ceiling" and options.roofs:
         yield ("device",), "--roofs says which machine is meant"
 

@@ -14,7 +14,7 @@ def add_commands(commands: arguments.Commands) -> None:
         "tune",
         _tune,
         "Time the kernels' tiles on this GPU for a model's shapes and keep the fastest (opt-in).",
-        "sinkprune tune path/to/LLaDA-8B --length 1024 --length 4096 --device cuda",
+        "sinkprune tune tiny --length 256 --length 512 --device cuda",
     )
     sub.add_argument("model", help="tiny, a local folder, or org/name[@revision] on the hub")
     sub.add_argument("--length", type=int, action="append", required=True, help="may be repeated")

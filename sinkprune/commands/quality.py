@@ -14,7 +14,7 @@ def add_commands(commands: arguments.Commands) -> None:
         "eval",
         _eval,
         "Quality on text: the masked NLL bound, and what the model writes; paired with another model's.",
-        "sinkprune eval pruned/ --against tiny --text held_out.txt --generation",
+        "sinkprune eval pruned/ --against tiny --generation --windows 4 --length 64",
     )
     sub.add_argument("model", help="tiny, a local folder, or org/name[@revision] on the hub")
     sub.add_argument("--against", help="another model, say the dense one: differences with 95 %% intervals")
