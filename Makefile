@@ -9,7 +9,7 @@ MODEL ?= tiny
 RUN ?= runs/small
 TORCH ?=
 
-.PHONY: setup demo train-small test engines rehearse matrix study sanitize attack cuda-build aarch64 kernels-table lint clean
+.PHONY: setup demo docs wheel wheel-test newcomer train-small test engines rehearse matrix study sanitize attack cuda-build aarch64 kernels-table lint clean
 
 setup: $(VENV)/.built
 
@@ -69,6 +69,30 @@ attack: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/attack.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/csrc/raw_calls.py --calls 10000
 
+# The documentation as a static site, build/docs/html/README.html; its generator lives in an environment of its own.
+docs: setup
+	test -x .docs/bin/mkdocs || $(PYTHON) -m venv .docs
+	.docs/bin/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	.docs/bin/mkdocs --quiet build --strict --config-file $$($(BIN)/python docs/site.py build/docs)
+
+# dist/: a wheel of this Python with the CPU part of the extension, which loads on any torch from 2.11 on; tagged manylinux
+# by auditwheel where that is installed. With the CUDA part, by the packages of cuda-build: make wheel CUDA=1
+wheel: setup $(if $(CUDA),$(VENV)/.cuda)
+	rm -rf build/wheel && mkdir -p build/wheel dist
+	SINKPRUNE_CUDA=$(or $(CUDA),0) $(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  --wheel-dir build/wheel .
+	if command -v auditwheel >/dev/null; then auditwheel repair --wheel-dir dist --exclude 'libtorch*.so' --exclude libc10.so \
+	  build/wheel/*.whl; else cp build/wheel/*.whl dist/; fi
+	ls -l dist
+
+# That wheel in a clean environment: README's lines and the command line, from an empty folder.
+wheel-test: wheel
+	$(BIN)/python tests/wheel.py "$$(ls -t dist/*.whl | head -1)"
+
+# What a stranger does in the first hour, as far as a script can walk it.
+newcomer: wheel-test
+	$(BIN)/pytest tests/test_newcomer.py tests/test_docs.py tests/commands/test_help_examples.py tests/commands/test_flags.py
+
 $(VENV)/.cuda: $(VENV)/.packages requirements-cuda.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-cuda.txt
 	@touch $@
@@ -92,4 +116,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .engines build dist *.egg-info demo-out .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .engines .docs build dist *.egg-info demo-out .pytest_cache .ruff_cache .mypy_cache
