@@ -76,3 +76,8 @@ def test_what_the_metadata_say_is_true():
     )
     assert f"version: {sp.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
     assert said["version"] == sp.__version__
+    assert f"license: {said['license']}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    named = [line.rsplit(" :: ")[-1] for line in said["classifiers"] if ":: Python :: 3." in line]
+    assert named[0] == said["requires-python"].removeprefix(">=")
+    assert f"version = {{{sp.__version__}}}" in (ROOT / "README.md").read_text("utf-8")
+    assert set(said["optional-dependencies"]) == {"train", "eval", "export", "serve", "test"}
