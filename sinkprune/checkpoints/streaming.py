@@ -6,10 +6,14 @@ What a run has done lies beside its goal as ``.NAME.streamed``; the same run, be
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,7 @@ from sinkprune.plans import PrunePlan
 from sinkprune.pruning.streaming import apply_streamed
 
 RUN, PLAN = "run.json", "plan.json"
+_LOCKED: dict[Path, int] = {}  # work folders that this process is at, and the handles that say so
 SCORING, SOLVING = 6, 5  # float64 matrices that are there at once
 
 
@@ -97,15 +102,34 @@ def begin(out: str | Path, run: Mapping[str, Any], *, overwrite: bool = False) -
 
     Raises:
         FileExistsError: something at ``out`` that may not be replaced.
+        OSError: another process is at it.
     """
     require_place(Path(out), overwrite)
     folder, said = work_folder(out), json.dumps(run, sort_keys=True, default=str)
+    folder.mkdir(parents=True, exist_ok=True)
+    _lock(folder)
     if (folder / RUN).is_file() and (folder / RUN).read_text("utf-8") == said:
         return True
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "weights").mkdir(parents=True)
+    for left in folder.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    (folder / "weights").mkdir()
     write_whole(folder / RUN, said)
     return False
+
+
+def _lock(folder: Path) -> None:
+    """Hold the work folder for this process. Raises ``OSError`` where another does."""
+    if folder in _LOCKED:
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno == errno.EWOULDBLOCK:
+            raise OSError(errno.EBUSY, f"another run is writing what {folder} becomes") from None
+        return  # a file system without locks
+    _LOCKED[folder] = handle
 
 
 def planned(out: str | Path, make: Callable[[], PrunePlan]) -> PrunePlan:
@@ -169,6 +193,8 @@ def prune_streamed(
         _write_index(part, [path_of(number).name for number in range(files)])
         write_beside(model, part, out.name, tokenizer)
     shutil.rmtree(stream.folder, ignore_errors=True)
+    if stream.folder in _LOCKED:
+        os.close(_LOCKED.pop(stream.folder))
     return out
 
 
@@ -178,17 +204,18 @@ def peak_bytes(
     """Bytes of memory that planning by the calibration rows, repairing and writing take at most, beside
     Python and its libraries: counted from shapes, before anything is read.
 
-    The embedding; one block, dense and as small as it gets; the rows' hidden states in two streams and the
-    outputs to fit; the larger of what the scores of a layer take (``[H D, H D]``) and of the normal equations
-    of its widest projection (``[n, n]``, float64, with what solving them takes); one batch in flight.
+    The embedding; one block; the rows' hidden states in two streams and the outputs to fit; the largest of
+    the block as it gets, of what the scores of a layer take (``[H D, H D]``), of solving the normal equations
+    of its widest projection (``[n, n]``, float64), and of these beside one batch in flight. glibc keeps up to
+    a quarter more than that unless ``give_memory_back`` was called.
     ``kept_channels``: the share of MLP channels that stay.
     """
     adapter, geometry = adapter_for(model), adapter_for(model).geometry()
     first = next(model.parameters())
     blocks = [sum(t.nbytes for t in block.state_dict().values()) for block in adapter.blocks()]
-    needed = first.nbytes + 2 * max(blocks)
+    needed = first.nbytes + max(blocks)
     if calibration is None:
-        return needed
+        return needed + max(blocks)
     rows, length = calibration.ids.shape
     heads = max(geometry.heads) * geometry.head_dim
     channels = max((c for c in geometry.channels if c), default=0)
@@ -196,8 +223,16 @@ def peak_bytes(
     hidden = rows * length * geometry.hidden * first.element_size()
     scoring = SCORING * 8 * heads**2
     solving = SOLVING * 8 * widest**2 + 3 * 8 * widest * geometry.hidden
-    in_flight = batch * length * (4 * heads + 3 * max(heads, channels) + 2 * geometry.hidden) * 4
-    return needed + 4 * hidden + max(scoring, solving) + in_flight
+    in_flight = min(batch, rows) * length * (4 * heads + 4 * channels + 4 * geometry.hidden) * 4
+    in_flight += 8 * widest * (widest + geometry.hidden)
+    return needed + 4 * hidden + max(*blocks, scoring, solving, in_flight)
+
+
+def give_memory_back() -> None:
+    """Have the C library map and unmap large tensors one by one, in this process and for good: else it keeps
+    up to a quarter of the memory between them. Does nothing where it is not glibc."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def _reader(model: nn.Module, folder: Path, device: torch.device) -> Callable[[list[str]], dict[str, Tensor]]:

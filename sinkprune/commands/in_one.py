@@ -52,6 +52,7 @@ def _prune(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     out = arguments.new_folder(options.out, options.overwrite)
     say = arguments.teller(options)
     if options.stream:
+        streaming.give_memory_back()
         progress = _Progress(say)
         model, tokenizer = streaming.opened(options.model, out, device=options.device, progress=progress)
     else:

@@ -16,6 +16,7 @@ import toys
 from forked import result
 
 import sinkprune as sp
+from sinkprune.checkpoints import streaming
 
 
 class Verbs:
@@ -34,12 +35,13 @@ class Verbs:
             "plan": lambda version, path: self.plans[version].save(path),
             "profile": self._profile,
             "export": self._export,
+            "prune, streamed": self._stream,
         }
         self.readers: dict[str, Callable[[Path], object]] = {
             "save": self._weights, "save in shards": self._weights, "apply": self._weights,
             "plan": lambda path: sp.PrunePlan.load(path).fingerprint,
             "profile": lambda path: sp.SinkProfile.load(path).fingerprint,
-            "export": self._weights,
+            "export": self._weights, "prune, streamed": self._weights,
         }  # fmt: skip
 
     def _apply(self, version: int, path: Path) -> object:
@@ -52,6 +54,16 @@ class Verbs:
     def _export(self, version: int, path: Path) -> object:
         path.unlink(missing_ok=True)  # an export replaces nothing
         return sp.export(self.models[version], path, to="gguf")
+
+    def _stream(self, version: int, path: Path) -> object:
+        dense = path.parent / f"dense {version}"
+        if not dense.exists():
+            sp.save(self.models[version], dense, overwrite=True)
+        model, _ = streaming.opened(dense, path)
+        streaming.begin(path, {"version": version}, overwrite=True)
+        rows = sp.calibrate(model, self.prompts[0].repeat(30), length=8, sequences=2)
+        plan = streaming.planned(path, lambda: sp.plan(model, calibration=rows, ratio=0.4))
+        return streaming.prune_streamed(model, plan, path, calibration=rows, overwrite=True)
 
     @staticmethod
     def _weights(path: Path) -> object:
@@ -74,7 +86,7 @@ def killed(write: Callable[[], object], after: float) -> bool:
 
 
 def parts_of(folder: Path) -> list[str]:
-    return [path.name for path in folder.rglob(".*.part")]
+    return [path.name for kind in ("part", "streamed") for path in folder.rglob(f".*.{kind}")]
 
 
 def attack(folder: Path, kills: int, seed: int = 0, verbs: Any = None) -> tuple[dict[str, int], list[str]]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from toys import one_thread, tokens, toy  # noqa: F401
 import sinkprune as sp
 from sinkprune.checkpoints import streaming
 from sinkprune.commands.main import main
+from sinkprune.models.llada import LLaDA, LLaDAConfig
 from sinkprune.models.streamed import stream_of
 
 FAMILIES = {"llada": toy, "dream": toy_dream, "sdar": toy_sdar, "llada2": toy_llada2}
@@ -128,6 +130,39 @@ def test_another_run_begins_anew_and_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="exists"):
         streaming.begin(tmp_path / "out", {"ratio": 0.4})
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is Linux's to tell")
+def test_it_takes_the_memory_that_was_said_before_and_less_than_half_of_the_weights(tmp_path):
+    sizes = {"d_model": 512, "n_heads": 8, "n_layers": 22, "mlp_hidden_size": 1536, "vocab_size": 512}
+    with torch.device("meta"):
+        model = LLaDA(LLaDAConfig.from_dict(sizes | {"max_sequence_length": 64, "mask_token_id": 1}))
+    model = model.to_empty(device="cpu").requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.uniform_(-0.05, 0.05) if parameter.dim() > 1 else parameter.fill_(1.0)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    sp.save(model, tmp_path / "dense", shard_bytes=20_000_000)
+    del model
+    script = Path(__file__).parents[1] / "support" / "anonymous_memory.py"
+    addresses = round(0.9 * weights)  # besides: files are mapped one at a time
+    command = [sys.executable, script, tmp_path / "dense", tmp_path / "out", "2", "32", "0.4", addresses]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+    }
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["most"] < weights / 2
+    assert abs(found["most"] / found["said"] - 1) <= 0.1, found
+
+
+def test_two_runs_of_one_goal_are_one_too_many(tmp_path):
+    streaming.begin(tmp_path / "out", {})
+    code = "import sys; from sinkprune.checkpoints import streaming; streaming.begin(sys.argv[1], {})"
+    other = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True)
+    assert "another run is writing what" in other.stderr.splitlines()[-1]
 
 
 def test_what_can_not_be_streamed_is_refused_by_name(tmp_path):
