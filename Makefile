@@ -91,7 +91,7 @@ wheel-test: wheel
 
 # What a stranger does in the first hour, as far as a script can walk it.
 newcomer: wheel-test
-	$(BIN)/pytest tests/test_newcomer.py tests/test_docs.py tests/commands/test_help_examples.py tests/commands/test_flags.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_newcomer.py tests/test_docs.py tests/commands/test_help_examples.py tests/commands/test_flags.py
 
 $(VENV)/.cuda: $(VENV)/.packages requirements-cuda.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-cuda.txt
