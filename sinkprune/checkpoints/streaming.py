@@ -206,16 +206,19 @@ def peak_bytes(
 
     The embedding; one block; the rows' hidden states in two streams and the outputs to fit; the largest of
     the block as it gets, of what the scores of a layer take (``[H D, H D]``), of solving the normal equations
-    of its widest projection (``[n, n]``, float64), and of these beside one batch in flight. glibc keeps up to
-    a quarter more than that unless ``give_memory_back`` was called.
+    of its widest projection (``[n, n]``, float64), and of these beside one batch in flight; or, where that is
+    more, the embedding beside the largest tensor outside the blocks as it is written. glibc keeps up to a
+    quarter more than that unless ``give_memory_back`` was called.
     ``kept_channels``: the share of MLP channels that stay.
     """
     adapter, geometry = adapter_for(model), adapter_for(model).geometry()
     first = next(model.parameters())
     blocks = [sum(t.nbytes for t in block.state_dict().values()) for block in adapter.blocks()]
+    inside = {id(p) for block in adapter.blocks() for p in block.parameters()}
+    outside = first.nbytes + max(p.nbytes for p in model.parameters() if id(p) not in inside)
     needed = first.nbytes + max(blocks)
     if calibration is None:
-        return needed + max(blocks)
+        return max(outside, needed + max(blocks))
     rows, length = calibration.ids.shape
     heads = max(geometry.heads) * geometry.head_dim
     channels = max((c for c in geometry.channels if c), default=0)
@@ -225,7 +228,7 @@ def peak_bytes(
     solving = SOLVING * 8 * widest**2 + 3 * 8 * widest * geometry.hidden
     in_flight = min(batch, rows) * length * (4 * heads + 4 * channels + 4 * geometry.hidden) * 4
     in_flight += 8 * widest * (widest + geometry.hidden)
-    return needed + 4 * hidden + max(*blocks, scoring, solving, in_flight)
+    return max(outside, needed + 4 * hidden + max(*blocks, scoring, solving, in_flight))
 
 
 def give_memory_back() -> None:
