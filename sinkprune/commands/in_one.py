@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -133,5 +134,6 @@ def _run_of(options: argparse.Namespace, model: nn.Module, rows: Calibration | N
 
     told = "model criterion ratio unit targets channel_rule expert_rule block_rule fit seed repair device"
     said = {name: getattr(options, name) for name in told.split()}
-    ids = None if rows is None else [*rows.ids.shape, int(rows.ids.sum()), int(rows.targets.sum())]
-    return said | {"version": __version__, "weights": adapter_for(model).fingerprint(), "rows": ids}
+    tensors = [] if rows is None else [rows.ids, rows.targets]
+    digest = [hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest() for tensor in tensors]
+    return said | {"version": __version__, "weights": adapter_for(model).fingerprint(), "rows": digest}
