@@ -82,7 +82,9 @@ def checked(adapter: Adapter, plan: PrunePlan, mode: str) -> PrunePlan:
         )
     adapter.check(*_kept(plan), mode)
     adapter.check_experts(plan.layers)
-    return replace(plan, details={k: v for k, v in plan.details.items() if k != "repair"})
+    if "repair" in plan.details:
+        plan = replace(plan, details={k: v for k, v in plan.details.items() if k != "repair"})
+    return plan
 
 
 def repaired_by(plan: PrunePlan, repair: str, calibration: Calibration) -> PrunePlan:

@@ -251,7 +251,7 @@ def test_every_file_that_a_published_folder_needs_goes_along_and_none_is_run(
     tmp_path, published, saved, monkeypatch
 ):
     monkeypatch.setattr(
-        sinkprune.checkpoints.checkpoint, "_load_tokenizer", lambda folder: None
+        sinkprune.checkpoints.checkpoint, "load_tokenizer", lambda folder: None
     )  # its code is not run either
     model, _ = sp.load(published)
     sp.apply(model, manual_plan(model, WHOLE, CHANNELS))
@@ -272,7 +272,7 @@ def test_every_file_that_a_published_folder_needs_goes_along_and_none_is_run(
 
 @pytest.mark.parametrize("name", ["modeling_sdar.py", "configuration_sdar.py"])
 def test_code_that_is_not_there_is_named_and_nothing_is_written(tmp_path, published, name, monkeypatch):
-    monkeypatch.setattr(sinkprune.checkpoints.checkpoint, "_load_tokenizer", lambda folder: None)
+    monkeypatch.setattr(sinkprune.checkpoints.checkpoint, "load_tokenizer", lambda folder: None)
     model, _ = sp.load(published)
     sp.apply(model, manual_plan(model, WHOLE))
     (published / name).unlink()
@@ -283,7 +283,7 @@ def test_code_that_is_not_there_is_named_and_nothing_is_written(tmp_path, publis
 
 @pytest.mark.parametrize("reference", ["../evil.Model", "a b.Model", "/etc/x.Model", "Model"])
 def test_an_auto_map_that_leaves_the_folder_is_refused(tmp_path, published, reference, monkeypatch):
-    monkeypatch.setattr(sinkprune.checkpoints.checkpoint, "_load_tokenizer", lambda folder: None)
+    monkeypatch.setattr(sinkprune.checkpoints.checkpoint, "load_tokenizer", lambda folder: None)
     model, _ = sp.load(published)
     sp.apply(model, manual_plan(model, WHOLE))
     model.config.extra["auto_map"] = {"AutoModel": reference}
@@ -292,7 +292,7 @@ def test_an_auto_map_that_leaves_the_folder_is_refused(tmp_path, published, refe
 
 
 def test_a_folder_with_our_modelling_file_gets_no_code_of_the_family(tmp_path, published, monkeypatch):
-    monkeypatch.setattr(sinkprune.checkpoints.checkpoint, "_load_tokenizer", lambda folder: None)
+    monkeypatch.setattr(sinkprune.checkpoints.checkpoint, "load_tokenizer", lambda folder: None)
     model, _ = sp.load(published)
     sp.apply(model, manual_plan(model, [[0, 1], [0, 1, 2, 3], [0, 1]]))
     names = {path.name for path in sp.export(model, tmp_path / "m").iterdir()}
